@@ -1,0 +1,1 @@
+"""Recipes (TOML), installed as geomssl.recipes."""

@@ -1,0 +1,81 @@
+"""The contract of data: a Source hands out uint8 images with labels and factors; the trainer and the probes see only this."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from geomssl.errors import GeomsslError
+
+Split = Literal["train", "val", "test"]
+
+
+class Source(ABC):
+    """One split of one data set.
+
+    name, split:  what it is.
+    labels:       int64 (len,) or None; classes: their names.
+    factors:      float (len,) tensors by name: what else is known of each image (view angles, session, ...).
+    channels, size: C and the side of the square images.
+    """
+
+    name: str
+    split: Split
+    labels: Tensor | None
+    classes: Sequence[str]
+    factors: Mapping[str, Tensor]
+    channels: int
+    size: int
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def images(self, indices: Tensor) -> Tensor:
+        """uint8 (n, C, size, size) on the source's device."""
+
+    def to(self, device: torch.device | str) -> Source:
+        """The same source, handing out images on `device`."""
+        return self
+
+
+class Resident(Source):
+    """A Source that keeps all its images in memory, on one device."""
+
+    def __init__(
+        self,
+        name: str,
+        split: Split,
+        pixels: Tensor,
+        labels: Tensor | None,
+        classes: Sequence[str] = (),
+        factors: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[2] != pixels.shape[3]:
+            raise GeomsslError(f"images of {name}: {pixels.dtype} {tuple(pixels.shape)}", "uint8 (n, C, size, size)")
+        if labels is not None and len(labels) != len(pixels):
+            raise GeomsslError(f"{len(labels)} labels for {len(pixels)} images of {name}", "one label an image")
+        self.name, self.split = name, split
+        self.pixels = pixels
+        self.labels = None if labels is None else labels.long()
+        self.classes = tuple(classes)
+        self.factors = dict(factors or {})
+        self.channels, self.size = pixels.shape[1], pixels.shape[2]
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def images(self, indices: Tensor) -> Tensor:
+        return self.pixels[indices.to(self.pixels.device)]
+
+    def to(self, device: torch.device | str) -> Resident:
+        return Resident(self.name, self.split, self.pixels.to(device), self.labels, self.classes, self.factors)
+
+
+def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 images as floats in [0, 1]."""
+    return pixels.to(dtype) / 255

@@ -1,0 +1,61 @@
+"""Writing so that a reader sees the old file or the new one, never a half: sibling, fsync, rename."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import BinaryIO
+
+from geomssl.errors import GeomsslError
+
+
+def writable(path: Path) -> Path:
+    """The path, once its folder exists; a GeomsslError where a file stands in the way or nothing may be written."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        blocking = next(p for p in path.parents if p.is_file())
+        raise GeomsslError(
+            f"cannot write {path}: {blocking} is a file", "a path whose parents are folders", reason="unwritable"
+        ) from None
+    except OSError as error:
+        raise GeomsslError(f"cannot write {path}: {error.strerror}", "a writable path", reason="unwritable") from None
+    return path
+
+
+def write(path: Path | str, write_to: Callable[[BinaryIO], object] | bytes | str) -> Path:
+    """Replace `path` by bytes, text, or what the callable writes into an open binary file; all of it or nothing."""
+    path = writable(Path(path))
+    sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(sibling, "wb") as file:
+            if isinstance(write_to, str):
+                file.write(write_to.encode())
+            elif isinstance(write_to, bytes):
+                file.write(write_to)
+            else:
+                write_to(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(sibling, path)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer reports a failed write as a RuntimeError
+        sibling.unlink(missing_ok=True)
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise GeomsslError(f"cannot write {path}: {said}", "room and permission to write", reason="unwritable") from error
+    except BaseException:
+        sibling.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+    return path
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,85 @@
+"""One table of names: built-in, then entry points `geomssl.<kind>`, then `package.module:attribute`."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import entry_points
+from typing import Any
+
+from geomssl.errors import GeomsslError, unknown
+
+# kind -> name -> (where it lives, one line of help). Read by --help, so nothing here imports anything heavy.
+BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
+    "objective": {
+        "simclr": ("geomssl.objectives.simclr:SimCLR", "contrast two augmented views (InfoNCE)"),
+        "hssl": ("geomssl.objectives.hssl:HSSL", "contrast two fibres of one equivariant pass, or of two augmented ones"),
+        "ciper": ("geomssl.objectives.ciper:CIPER", "contrast views and predict the parameters of their augmentation"),
+        "supervised": ("geomssl.objectives.supervised:Supervised", "cross-entropy on the labels, the upper baseline"),
+        "frozen": ("geomssl.objectives.frozen:Frozen", "no training of the encoder, the lower baseline"),
+    },
+    "encoder": {
+        "cnn": ("geomssl.encoders.cnn:CNN", "a plain convolutional network, no group"),
+        "c4-cnn": ("geomssl.encoders.cnn:C4CNN", "its twin with C4 group convolutions, exact under 90-degree turns"),
+        "mlp": ("geomssl.encoders.mlp:MLP", "a multilayer perceptron on pixels, read as fibres without structure"),
+    },
+    "optimizer": {
+        "sgd": ("geomssl.optim:SGD", "stochastic gradient descent with momentum"),
+        "adamw": ("geomssl.optim:AdamW", "Adam with decoupled weight decay"),
+    },
+    "dataset": {
+        "digits": ("geomssl.data.digits:Digits", "scikit-learn's 1,797 scanned digits, 8x8, embedded"),
+        "folder": ("geomssl.data.folder:Folder", "images on disk, one sub-folder a class: folder:PATH"),
+    },
+    "probe": {
+        "equivariance": ("geomssl.probes.equivariance", "how far f(T_g x) is from the declared action on f(x)"),
+        "rank": ("geomssl.probes.rank", "rank of the projector and of the features, for every threshold"),
+        "tangent": ("geomssl.probes.tangent", "the span of delta-h: unexplained variance and label match"),
+        "linear": ("geomssl.probes.linear", "accuracy of a linear classifier and of nearest neighbours"),
+        "embed": ("geomssl.probes.embed", "a PaCMAP map of the features with its trustworthiness"),
+        "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual"),
+    },
+}
+
+
+def names(kind: str) -> dict[str, str]:
+    """Every installed name of a kind with its line of help; built-in names first."""
+    found = {name: line for name, (_, line) in BUILTIN[kind].items()}
+    for entry in entry_points(group=f"geomssl.{kind}"):
+        found.setdefault(entry.name, f"from {entry.value}")
+    return found
+
+
+def resolve(kind: str, name: str) -> Any:
+    """The object behind a name. Raises GeomsslError, naming the nearest, where there is none.
+
+    `package.module:attribute` is imported only because the caller spelled it out; never pass a name read from a
+    checkpoint here unless the command line repeats it.
+    """
+    if name in BUILTIN[kind]:
+        return _load(BUILTIN[kind][name][0])
+    for entry in entry_points(group=f"geomssl.{kind}"):
+        if entry.name == name:
+            return entry.load()
+    if ":" in name:
+        return load_attribute(name, kind)
+    raise unknown(kind, name, names(kind))
+
+
+def load_attribute(path: str, kind: str) -> Any:
+    """`package.module:attribute`, with the current folder importable, as `python -m` has it."""
+    import sys
+
+    if "" not in sys.path:
+        sys.path.insert(0, "")
+    try:
+        return _load(path)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise GeomsslError(
+            f"{kind} {path!r}: {error}", "an importable package.module:attribute", reason="unknown-name"
+        ) from error
+
+
+def _load(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    loaded = importlib.import_module(module)
+    return getattr(loaded, attribute) if attribute else loaded

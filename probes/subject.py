@@ -1,0 +1,173 @@
+"""Subject: what a probe looks at. Encoder, projector and data, with features computed once and cached."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from geomssl.config import Settings
+from geomssl.data.base import Source, to_unit
+from geomssl.errors import GeomsslError
+from geomssl.progress import track
+from geomssl.seeding import generator
+from geomssl.transforms.base import Transform
+
+Layer = Literal["pixels", "fibres", "h", "z"]
+Part = Literal["own", "train"]
+
+
+class Options(Settings):
+    """What every probe can be told; a probe's own Options adds to it. They are the identity of its artifact."""
+
+    n: int | None = None
+    """Images to use; every image of the split when not given."""
+    seed: int = 0
+    """Seed of every draw of this probe."""
+
+
+@dataclass
+class Subject:
+    """An encoder in eval mode with frozen parameters, its projector, and the split of the data on which it is measured.
+
+    encoder:   geomssl.encoders.base.Encoder (encoders.wrap makes one of any module).
+    projector: module from h (N, D) to z (N, p), or None.
+    source:    the split that is measured.  train: the training split, for classifiers and neighbours, or None.
+    policy:    the transform that drew the training views, or None where unknown.
+    untrained: makes the same encoder at its random initialisation, or None where that is unknown.
+    """
+
+    encoder: Any
+    source: Source
+    projector: nn.Module | None = None
+    train: Source | None = None
+    policy: Transform | None = None
+    untrained: Callable[[], Any] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype = torch.float32
+    batch_size: int = 256
+    memory: int = 2**31
+    provenance: dict[str, Any] = field(default_factory=dict)
+    _cache: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
+    _spill: Any = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        for module in (self.encoder, self.projector):
+            if module is not None:
+                module.to(self.device, self.dtype).eval().requires_grad_(False)
+
+    def need(self, n: int, what: str, part: Part = "own") -> None:
+        """Raise unless the split has at least n images."""
+        have = len(self._source(part))
+        if have < n:
+            raise GeomsslError(
+                f"{have} images in {self._source(part).name}/{self._source(part).split}", f"at least {n} for {what}",
+                reason="too-few-images",
+            )
+
+    def need_projector(self, what: str) -> nn.Module:
+        if self.projector is None:
+            raise GeomsslError(f"{what} without a projector", "a model with one (--projector LAYER)", reason="no-projector")
+        return self.projector
+
+    def need_labels(self, what: str, part: Part = "own") -> Tensor:
+        labels = self._source(part).labels
+        if labels is None:
+            raise GeomsslError(f"{what} on {self.source.name}, which has no labels", "a labelled data set", reason="no-labels")
+        return labels
+
+    def choose(self, options: Options, part: Part = "own") -> Tensor:
+        """Sorted indices of the images to use: all of the split, or a seeded draw of options.n of them."""
+        total = len(self._source(part))
+        if options.n is None or options.n >= total:
+            return torch.arange(total)
+        if options.n < 2:
+            raise GeomsslError(f"--n {options.n}", "at least 2 images", reason="too-few-images")
+        return torch.randperm(total, generator=generator(options.seed, f"choose-{part}"))[: options.n].sort().values
+
+    def images(self, indices: Tensor, part: Part = "own") -> Tensor:
+        """Images (n, C, H, W) in [0, 1], in the subject's dtype, on its device."""
+        return to_unit(self._source(part).images(indices).to(self.device), self.dtype)
+
+    def batches(self, indices: Tensor, what: str, part: Part = "own") -> Iterator[tuple[Tensor, Tensor]]:
+        """(indices, images) batch by batch, with a progress bar."""
+        for chunk in track(indices.split(self.batch_size), what, total=-(-len(indices) // self.batch_size)):
+            yield chunk, self.images(chunk, part)
+
+    def features(
+        self, indices: Tensor, layer: Layer = "h", part: Part = "own", view: tuple[Transform, int, int] | None = None
+    ) -> Tensor:
+        """Features of those images on the CPU: "pixels" (n, CHW), "fibres" (n, C, G, H, W), "h" (n, D) or "z" (n, p).
+
+        view: None for plain images, or (policy, seed, number): view `number` of each image, its parameters drawn for the
+        whole set at once, so that they do not depend on the batch size. Computed once; kept on disk beyond `memory` bytes.
+        """
+        key = (id(view[0]), *view[1:]) if view else None
+        return self._cached((layer, part, key, tuple(indices.tolist())), lambda: self._run(indices, layer, part, view))
+
+    @torch.no_grad()
+    def _run(self, indices: Tensor, layer: Layer, part: Part, view: tuple[Transform, int, int] | None) -> Tensor:
+        if layer == "z":
+            projector = self.need_projector("features z")
+            h = self.features(indices, "h", part, view)
+            return torch.cat([projector(chunk.to(self.device)).cpu() for chunk in h.split(self.batch_size)])
+        params = None
+        if view is not None:
+            policy, seed, number = view
+            size = (self._source(part).size,) * 2
+            params = policy.sample(len(indices), generator(seed, f"view-{part}", number), size)
+        found, start, out = 0, 0, None
+        for chunk, images in self.batches(indices, f"features {layer}", part):
+            if params is not None:
+                images = view[0](images, params[start : start + len(chunk)].to(self.device))  # type: ignore[index]
+            start += len(chunk)
+            if layer == "pixels":
+                values = images.flatten(1)
+            else:
+                values = self.encoder.fibres(images) if layer == "fibres" else self.encoder(images)
+            if out is None:
+                out = self._empty((len(indices), *values.shape[1:]), values.dtype)
+            out[found : found + len(values)] = values.cpu()
+            found += len(values)
+        if out is None:
+            raise GeomsslError("no images", "at least one image", reason="too-few-images")
+        return out
+
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Room for features: in memory, or in a temporary file where that would pass the limit."""
+        wanted = int(np.prod(shape)) * torch.empty((), dtype=dtype).element_size()
+        if wanted + sum(t.numel() * t.element_size() for t in self._cache.values()) <= self.memory:
+            return torch.empty(shape, dtype=dtype)
+        if self._spill is None:
+            self._spill = tempfile.TemporaryDirectory(prefix="geomssl-")
+        path = Path(self._spill.name) / f"{len(self._cache)}.bin"
+        return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
+
+    def _cached(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
+
+    def random_twin(self) -> Subject | None:
+        """The same subject with the encoder at its random initialisation (no projector), or None where that is unknown."""
+        if self.untrained is None:
+            return None
+        if not hasattr(self, "_twin"):
+            self._twin = Subject(
+                self.untrained(), self.source, train=self.train, device=self.device, dtype=self.dtype,
+                batch_size=self.batch_size, memory=self.memory, provenance=self.provenance,
+            )
+        return self._twin
+
+    def _source(self, part: Part) -> Source:
+        if part == "own":
+            return self.source
+        if self.train is None:
+            raise GeomsslError(f"no training split of {self.source.name}", "a data set with one", reason="no-split")
+        return self.train

@@ -1,0 +1,1 @@
+"""Artifacts in; HTML, JUnit, Markdown and verdicts out."""
