@@ -1,4 +1,4 @@
-"""Settings: pydantic models are the only schema. Here: reading TOML, merging layers, and turning its complaints into one line."""
+"""Settings: pydantic models are the only schema. Reads TOML, merges layers, and turns complaints into one line."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse(model: type[S], data: Mapping[str, Any], where: str) -> S:
             raise first["ctx"]["error"] from None
         path = ".".join(str(p) for p in first["loc"])
         if first["type"] == "extra_forbidden":
-            valid = [name for name in model.model_fields]
+            valid = list(model.model_fields)
             key = str(first["loc"][-1])
             raise GeomsslError(
                 f"{where}: unknown key {path!r}", f"one of {', '.join(valid)}", nearest(key, valid), reason="unknown-key"

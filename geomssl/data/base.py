@@ -1,4 +1,4 @@
-"""The contract of data: a Source hands out uint8 images with labels and factors; the trainer and the probes see only this."""
+"""The contract of data: a Source hands out uint8 images with labels and factors; nothing else sees a file."""
 
 from __future__ import annotations
 

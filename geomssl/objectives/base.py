@@ -1,0 +1,75 @@
+"""The contract of an objective: which views it needs, and the loss it makes of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from geomssl.encoders.base import Encoder
+from geomssl.transforms.base import Transform
+
+
+class ViewSpec(NamedTuple):
+    """A view the trainer must make: its name in the batch, and the transform that draws it."""
+
+    name: str
+    policy: Transform
+
+
+class View(NamedTuple):
+    """Images (N, C, H, W) in [0, 1], the parameters (N, P) that made them, and the transform that was applied."""
+
+    images: Tensor
+    params: Tensor
+    transform: Transform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one step sees, on the device. draw: uniform numbers in [0, 1) (N, objective.draws) of this step."""
+
+    views: dict[str, View]
+    labels: Tensor | None
+    indices: Tensor
+    draw: Tensor
+    factors: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Losses(NamedTuple):
+    """total: what backward() is called on. terms: detached, by name. h: (N, D) of one view, for the online classifier."""
+
+    total: Tensor
+    terms: dict[str, Tensor]
+    h: Tensor
+
+
+class Objective(nn.Module):
+    """A loss with its heads, built as Class(config, encoder, classes, channels); Class.Config is its schema.
+
+    views:          what the trainer draws for every batch.
+    draws:          how many uniform numbers an example needs beside its views (fibre locations).
+    projector:      from h to z, or None.
+    trains_encoder: False keeps the encoder in eval mode without gradients.
+    policy:         the transform whose views a probe should use, or None.
+    """
+
+    views: tuple[ViewSpec, ...] = ()
+    draws: int = 0
+    projector: nn.Module | None = None
+    trains_encoder: bool = True
+
+    @property
+    def policy(self) -> Transform | None:
+        return self.views[-1].policy if self.views else None
+
+    @abstractmethod
+    def forward(self, encoder: Encoder, batch: Batch) -> Losses: ...
+
+
+def joint(encode: nn.Module, *images: Tensor) -> tuple[Tensor, ...]:
+    """Several views through one pass, so that BatchNorm sees them all at once; split again."""
+    return encode(torch.cat(images)).split([len(i) for i in images])
