@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 from geomssl import files
 from geomssl.config import canonical
-from geomssl.errors import GeomsslError
+from geomssl.errors import GeomsslError, unknown
 
 SCHEMA = 1
+PLAIN = ("probe", "title", "headline", "definition", "notes", "options", "provenance", "step")
 
 
 @dataclass(frozen=True)
@@ -133,8 +134,6 @@ class Artifact:
 
     def metric(self, name: str) -> Metric:
         """The metric of that name; GeomsslError naming the nearest where there is none."""
-        from geomssl.errors import unknown
-
         for metric in self.metrics:
             if metric.name == name:
                 return metric
@@ -147,20 +146,13 @@ class Artifact:
         """Everything but table contents and file bytes, which lie beside it."""
         return {
             "schema": SCHEMA,
-            "probe": self.probe,
-            "title": self.title,
-            "headline": self.headline,
-            "definition": self.definition,
+            **{key: getattr(self, key) for key in PLAIN},
             "metrics": [asdict(m) for m in self.metrics],
             "tables": [
                 {"name": t.name, "title": t.title, "about": t.about, "file": f"{t.name}.csv", "types": _types(t)}
                 for t in self.tables
             ],
             "figures": [asdict(f) for f in self.figures],
-            "notes": self.notes,
-            "options": self.options,
-            "provenance": self.provenance,
-            "step": self.step,
             "files": sorted(self.files),
         }
 
@@ -210,7 +202,7 @@ def load(folder: Path | str) -> Artifact:
             Metric(**{**m, "interval": Interval(**m["interval"]) if m["interval"] else None}) for m in data["metrics"]
         ]
         return Artifact(
-            **{key: data[key] for key in ("probe", "title", "headline", "definition", "notes", "options", "provenance", "step")},
+            **{key: data[key] for key in PLAIN},
             metrics=metrics,
             tables=tables,
             figures=[Figure(**f) for f in data["figures"]],

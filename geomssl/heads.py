@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import nn
 
@@ -15,7 +16,7 @@ def mlp(widths: Sequence[int], last_norm: bool = True) -> nn.Sequential:
     """
     layers: list[nn.Module] = []
     last = len(widths) - 2
-    for i, (inward, outward) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
+    for i, (inward, outward) in enumerate(pairwise(widths)):
         layers.append(nn.Linear(inward, outward, bias=False))
         if i < last or last_norm:
             layers.append(nn.BatchNorm1d(outward))

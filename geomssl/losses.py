@@ -84,7 +84,8 @@ def _log_denominator(similarities: list[Tensor], positive: Tensor, denominator: 
 
 def _check(z1: Tensor, z2: Tensor, beta: float) -> None:
     if z1.shape != z2.shape or z1.dim() != 2:
-        raise GeomsslError(f"pairs of shapes {tuple(z1.shape)} and {tuple(z2.shape)}", "two matrices (N, p)", reason="bad-shape")
+        given = f"pairs of shapes {tuple(z1.shape)} and {tuple(z2.shape)}"
+        raise GeomsslError(given, "two matrices (N, p)", reason="bad-shape")
     if len(z1) < 2:
         raise GeomsslError(f"a batch of {len(z1)}", "at least 2 pairs: one pair has no negatives", reason="batch-too-small")
     if not beta >= 0:

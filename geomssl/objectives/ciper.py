@@ -42,7 +42,8 @@ class CIPER(Objective):
         drawn = policy(config.policy)
         acting = [i for i, acts in enumerate(drawn.active(channels)) if acts]
         if not acting:
-            raise GeomsslError(f"ciper with policy {config.policy!r}", "a policy with parameters to predict", reason="bad-value")
+            given = f"ciper with policy {config.policy!r} on {channels} channels"
+            raise GeomsslError(given, "a policy with parameters to predict", reason="bad-value")
         self.register_buffer("acting", torch.tensor(acting), persistent=False)
         self.projector = mlp((encoder.dim, *config.projector), last_norm=len(config.projector) > 1)
         self.predictor = nn.Sequential(

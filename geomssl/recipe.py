@@ -1,0 +1,109 @@
+"""Recipe: the whole of a training run as settings. One schema for TOML, flags, --set and the checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, SerializeAsAny, field_validator
+
+from geomssl.config import Settings, canonical, merge, parse, read_toml
+from geomssl.errors import GeomsslError, nearest
+from geomssl.registry import names, resolve
+
+# section of a recipe -> kind in the registry
+SECTIONS = {"dataset": "dataset", "encoder": "encoder", "objective": "objective", "optim": "optimizer"}
+DEFAULTS: dict[str, Any] = {
+    "dataset": {"name": "digits"},
+    "encoder": {"name": "cnn"},
+    "objective": {"name": "simclr"},
+    "optim": {"name": "sgd"},
+}
+
+
+class Recipe(Settings):
+    """Everything that decides a run but the machine it runs on."""
+
+    seed: int = Field(0, ge=0, description="seed of every draw")
+    epochs: int = Field(60, ge=1, description="epochs of the whole training")
+    batch_size: int = Field(128, ge=2, description="images a step; the last, smaller batch of an epoch is left out")
+    checkpoint_every: int = Field(1, ge=1, description="epochs between two writes of run.pt")
+    classifier_lr: float = Field(0.1, gt=0, description="learning rate of the detached online classifier")
+    dataset: SerializeAsAny[Settings]
+    encoder: SerializeAsAny[Settings]
+    objective: SerializeAsAny[Settings]
+    optim: SerializeAsAny[Settings]
+
+    @field_validator("dataset", "encoder", "objective", "optim", mode="before")
+    @classmethod
+    def _resolved(cls, value: Any) -> Any:
+        if not isinstance(value, Settings):
+            raise ValueError("a table with a name")
+        return value
+
+    def plain(self) -> dict[str, Any]:
+        """Nested dictionaries, lists, numbers and text only."""
+        return self.model_dump(mode="json")
+
+
+def build(layers: list[Mapping[str, Any]], where: str = "recipe") -> Recipe:
+    """The recipe that the layers describe, later ones winning. Raises GeomsslError for an unknown name, key or type."""
+    merged: dict[str, Any] = dict(DEFAULTS)
+    for layer in layers:
+        for section in SECTIONS:
+            if section in layer and not isinstance(layer[section], Mapping):
+                raise GeomsslError(
+                    f"{where}: {section} = {layer[section]!r}", f"a table, such as {section}.name", f"{section}.name",
+                    reason="bad-value",
+                )
+        merged = merge(merged, layer)
+    for key in merged:
+        if key not in Recipe.model_fields:
+            valid = list(Recipe.model_fields)
+            raise GeomsslError(
+                f"{where}: unknown key {key!r}", f"one of {', '.join(valid)}", nearest(key, valid), reason="unknown-key"
+            )
+    for section, kind in SECTIONS.items():
+        chosen = resolve(kind, str(merged[section].get("name")))
+        merged[section] = parse(chosen.Config, merged[section], f"{where}: {section}")
+    return parse(Recipe, merged, where)
+
+
+def read(path: Path | str) -> dict[str, Any]:
+    """A recipe file, or an installed recipe by its bare name, as a dictionary."""
+    path = Path(path)
+    if not path.exists() and path.suffix != ".toml" and path.name == str(path):
+        from importlib.resources import files
+
+        installed = {p.name.removesuffix(".toml"): p for p in files("geomssl.recipes").iterdir() if p.name.endswith(".toml")}
+        if path.name in installed:
+            return read_toml(str(installed[path.name]))
+        raise GeomsslError(
+            f"no recipe {path.name!r}", f"a TOML file, or one of {', '.join(sorted(installed))}",
+            nearest(path.name, installed), reason="no-file",
+        )
+    return read_toml(path)
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"optim.lr": "0.03", ...}, values as JSON text."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = canonical(value)
+    return found
+
+
+def refuse_strangers(config: Mapping[str, Any], repeated: Sequence[Mapping[str, Any]], where: str) -> None:
+    """A name inside a file never imports user code: raise unless it is built in, installed, or in a `repeated` layer."""
+    for section, kind in SECTIONS.items():
+        name = str(config.get(section, {}).get("name"))
+        trusted = any(layer.get(section, {}).get("name") == name for layer in repeated)
+        if name not in names(kind) and not trusted:
+            raise GeomsslError(
+                f"{where} names the {kind} {name!r}, which is your code", f"the same name on the command line (--{kind} {name})",
+                reason="untrusted-name",
+            )
