@@ -172,7 +172,8 @@ class Artifact:
                 files.write(part / name, data)
             for figure in self.figures:
                 if figure.kind != "image":
-                    files.write(part / f"{figure.name}.svg", figures.draw(figure, self.table(str(figure.table))))
+                    drawn = figures.draw(figure, self.table(str(figure.table)), "file")
+                    files.write(part / f"{figure.name}.svg", drawn)
             files.write(part / "artifact.json", json.dumps(self.to_json(), indent=1, allow_nan=False))
             if target.exists():
                 os.rename(target, old)

@@ -102,10 +102,12 @@ def draw(
             handles = _bars(axes, figure, table, series)
         _limits(axes, limits)
         if 1 < len(series) <= LEGEND_LIMIT:
-            columns = max(1, min(len(series), round(width / (46 + 7 * max(len(_short(s.label)) for s in series)))))
+            handle = 1.0 if figure.kind == "scatter" else 2.2
+            entry = 11.5 * (handle + 2.4) + 7.5 * max(len(_short(s.label)) for s in series)
             canvas.legend(
-                handles, [_legend_text(s.label) for s in series], loc="outside upper left", ncols=columns,
-                frameon=False, handlelength=2.2, columnspacing=1.4, borderpad=0.1,
+                handles, [_legend_text(s.label) for s in series], loc="outside upper left",
+                ncols=max(1, min(len(series), int(width / entry))), frameon=False, handlelength=handle,
+                columnspacing=1.2, handletextpad=0.6, borderpad=0.1,
             )
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -367,33 +369,40 @@ def _points(axes: Any, figure: Figure, table: Table, series: Sequence[Series], h
 def _finish(svg: str, figure: Figure, series: Sequence[Series], points: str, theme: Theme, prefix: str) -> str:
     """Strip what a page does not need, put the points in, make ids this figure's own, and colours the theme's."""
     body = svg[svg.index("<svg") :]
-    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", body, flags=re.S)
+    body = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->|<defs>\s*<style.*?</style>\s*</defs>", "", body, flags=re.S)
     body = re.sub(r'<g id="points">.*?</g>', lambda _: points, body, count=1, flags=re.S)
-    body = body.replace("xlink:href", "href").replace('id="cloud-label"', 'class="cloud-label"')
-    used = set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', body))
-    kept = {name for pair in used for name in pair if name}
-    body = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in kept else "", body)
-    body = re.sub(r'href="#', f'href="#{prefix}-', body)
-    body = re.sub(r"url\(#", f"url(#{prefix}-", body)
-    body = re.sub(r"\s*\n\s*", "\n", body)
-    body = re.sub(r">\n(?=<)", ">", body)
-    # The generic families follow the reader's system; widths were laid out in DejaVu, which is wider than most.
-    body = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", body)
+    tags = "".join(re.findall(r"<[^>]+>", body))
+    kept = {name for pair in re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', tags) for name in pair if name}
+
+    def tidy(match: re.Match[str]) -> str:
+        # only inside tags: a label may well read id="x" or #ffffff
+        tag = match[0].replace('id="cloud-label"', 'class="cloud-label"').replace("xlink:href", "href")
+        tag = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in kept else "", tag)
+        tag = tag.replace('href="#', f'href="#{prefix}-').replace("url(#", f"url(#{prefix}-")
+        tag = re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r"\s*\n\s*", " ", tag))
+        tag = re.sub(r' transform="rotate\(-0 [^"]*"', "", tag)
+        # generic families follow the reader's system; widths were laid out in DejaVu, which is wider than most
+        tag = re.sub(r"'?DejaVu Sans'?[^;\"]*", "system-ui, sans-serif", tag)
+        if "cloud-label" in tag:
+            halo = f'style="paint-order: stroke; stroke: {LIGHT["paper"]}; stroke-width: 4px"'
+            tag = tag.replace('class="cloud-label"', halo)
+        if theme == "page":
+            tag = re.sub(r"#[0-9a-f]{6}\b", lambda m: f"var(--{_NAMES[m[0]]})" if m[0] in _NAMES else m[0], tag)
+        return tag
+
+    body = re.sub(r"<[^>]+>", tidy, re.sub(r">\s*\n\s*<", "><", body))
     names = [s.label for s in series] if len(series) > 1 else []
     said = f"{figure.y_label or figure.y} against {figure.x_label or figure.x}"
     said += f"; series: {', '.join(names[:LEGEND_LIMIT])}{'…' if len(names) > LEGEND_LIMIT else ''}" if names else ""
-    head = re.match(r"<svg[^>]*>", body)
+    head = re.match(r'<svg[^>]*(viewBox="[^"]*")[^>]*>', body)
     assert head is not None
-    box = re.search(r'viewBox="[^"]*"', head[0])
-    assert box is not None
     opening = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" {box[0]} width="100%" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" {head[1]} width="100%" role="img" stroke-linejoin="round" '
         f'aria-labelledby="{prefix}-title {prefix}-desc">'
         f'<title id="{prefix}-title">{escape(_short(figure.title, 200))}</title>'
         f'<desc id="{prefix}-desc">{escape(_short(said, 600))}</desc>'
     )
-    body = opening + body[head.end() :].rstrip()
-    if theme == "page":
-        for name, colour in LIGHT.items():
-            body = body.replace(colour, f"var(--{name})")
-    return body
+    return opening + body[head.end() :].rstrip()
+
+
+_NAMES = {colour: name for name, colour in LIGHT.items()}
