@@ -104,6 +104,6 @@ def refuse_strangers(config: Mapping[str, Any], repeated: Sequence[Mapping[str, 
         trusted = any(layer.get(section, {}).get("name") == name for layer in repeated)
         if name not in names(kind) and not trusted:
             raise GeomsslError(
-                f"{where} names the {kind} {name!r}, which is your code", f"the same name on the command line (--{kind} {name})",
+                f"{where} names the {kind} {name!r}, your own code", f"the same name on the command line (--{kind} {name})",
                 reason="untrusted-name",
             )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -21,6 +23,7 @@ class Source(ABC):
     labels:       int64 (len,) or None; classes: their names.
     factors:      float (len,) tensors by name: what else is known of each image (view angles, session, ...).
     channels, size: C and the side of the square images.
+    fingerprint:  the first 12 hexadecimal digits of a SHA-256 that changes when the images do.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Source(ABC):
     factors: Mapping[str, Tensor]
     channels: int
     size: int
+    fingerprint: str
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -65,6 +69,10 @@ class Resident(Source):
         self.classes = tuple(classes)
         self.factors = dict(factors or {})
         self.channels, self.size = pixels.shape[1], pixels.shape[2]
+
+    @cached_property
+    def fingerprint(self) -> str:  # type: ignore[override]
+        return hashlib.sha256(self.pixels.cpu().numpy().tobytes()).hexdigest()[:12]
 
     def __len__(self) -> int:
         return len(self.pixels)

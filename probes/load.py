@@ -1,0 +1,159 @@
+"""From what a person names (a checkpoint, or a factory of their own) to a Subject."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import geomssl
+from geomssl import checkpoint, data
+from geomssl.data.base import Source, Split
+from geomssl.encoders import wrap
+from geomssl.encoders.base import Encoder
+from geomssl.errors import GeomsslError, unknown
+from geomssl.probes.subject import Subject
+from geomssl.recipe import build, refuse_strangers
+from geomssl.registry import load_attribute
+from geomssl.seeding import seeded
+from geomssl.training import build_encoder, initialise
+
+
+def from_checkpoint(
+    path: Path | str,
+    dataset: Mapping[str, Any] | None = None,
+    split: Split = "test",
+    repeated: Sequence[Mapping[str, Any]] = (),
+    **how: Any,
+) -> Subject:
+    """The subject of a run.pt on a split of its own data set, or of another with the same channels.
+
+    repeated: settings spelled out by the caller; only they may name user code. how: device, dtype, batch_size, memory.
+    """
+    path = checkpoint.located(path)
+    state = checkpoint.load(path)
+    refuse_strangers(state["config"], repeated, str(path))
+    recipe = build([state["config"]], str(path))
+    trained_on = data.load_config(recipe.dataset, "train")
+    section = data.configure(dataset) if dataset is not None else recipe.dataset
+    source = data.load_config(section, split)
+    train = data.load_config(section, "train")
+    if source.channels != trained_on.channels:
+        raise GeomsslError(
+            f"{source.name} has {source.channels} channels", f"{trained_on.channels}, as the encoder of {path}",
+            reason="bad-shape",
+        )
+    learner = initialise(recipe, trained_on.channels, trained_on.size, len(trained_on.classes))
+    learner.load_state_dict(state["weights"])
+
+    def untrained() -> Encoder:
+        with seeded(recipe.seed, "initialise"):
+            return build_encoder(recipe, trained_on.channels, trained_on.size)
+
+    return Subject(
+        learner.encoder, source, projector=learner.objective.projector, train=train, policy=learner.objective.policy,
+        untrained=untrained, **how,
+        provenance={
+            "run": path.stem,
+            "checkpoint": path.name,
+            "checkpoint_sha256": checkpoint.digest(path),
+            "objective": recipe.objective.name,  # type: ignore[attr-defined]
+            "encoder": recipe.encoder.name,  # type: ignore[attr-defined]
+            "epoch": state["epoch"],
+            "seed": recipe.seed,
+            **_about(source, how),
+        },
+    )
+
+
+def from_factory(
+    name: str,
+    dataset: Mapping[str, Any],
+    split: Split = "test",
+    weights: Path | str | None = None,
+    projector: str | None = None,
+    **how: Any,
+) -> Subject:
+    """The subject of `package.module:factory`, which returns a module or (encoder, projector).
+
+    weights: a safetensors file for its state dict. projector: the name of a layer; h is then what enters that layer.
+    """
+    section = data.configure(dataset)
+    source, train = data.load_config(section, split), data.load_config(section, "train")
+    made = load_attribute(name, "model")
+    if callable(made) and not isinstance(made, nn.Module):
+        with seeded(0, "initialise"):
+            made = made()
+    module, head = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(module, nn.Module):
+        raise GeomsslError(f"--model {name} gave a {type(made).__name__}", "a torch.nn.Module or (encoder, projector)")
+    untrained = copy.deepcopy(module) if weights else None
+    if weights:
+        _load_weights(module, weights)
+    if projector:
+        module, head = Before(module, projector), _layer(module, projector)
+    return Subject(
+        _encoder(module, source), source, projector=head, train=train,
+        untrained=(lambda: _encoder(untrained, source)) if untrained is not None else None, **how,
+        provenance={"run": name.rpartition(":")[2], "model": name, **_about(source, how)},
+    )
+
+
+class Before(nn.Module):
+    """What enters a layer of a module, as a vector."""
+
+    def __init__(self, module: nn.Module, layer: str) -> None:
+        super().__init__()
+        self.module, self.layer = module, layer
+        _layer(module, layer)
+
+    def forward(self, images: Tensor) -> Tensor:
+        caught: list[Tensor] = []
+        hook = _layer(self.module, self.layer).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        try:
+            self.module(images)
+        finally:
+            hook.remove()
+        if not caught:
+            raise GeomsslError(f"--projector {self.layer}: the layer is never called", "a layer of the forward pass")
+        return caught[0].flatten(1)
+
+
+def _layer(module: nn.Module, name: str) -> nn.Module:
+    layers = dict(module.named_modules())
+    if name not in layers or not name:
+        raise unknown("layer", name, [n for n in layers if n])
+    return layers[name]
+
+
+def _encoder(module: nn.Module, source: Source) -> Encoder:
+    return module if isinstance(module, Encoder) else wrap(module, in_channels=source.channels)
+
+
+def _load_weights(module: nn.Module, path: Path | str) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not Path(path).is_file():
+        raise GeomsslError(f"no such file: {path}", "a safetensors file", reason="no-file")
+    try:
+        module.load_state_dict(load_file(str(path)))
+    except (SafetensorError, RuntimeError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise GeomsslError(f"{path}: {said[:300]}", "a safetensors file with the model's own keys", reason="damaged") from None
+
+
+def _about(source: Source, how: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "dataset": source.name,
+        "split": source.split,
+        "images_sha256": source.fingerprint,
+        "device": str(how.get("device", "cpu")),
+        "dtype": str(how.get("dtype", torch.float32)).removeprefix("torch."),
+        "versions": {"geomssl": geomssl.__version__, "torch": torch.__version__, "python": platform.python_version()},
+    }
