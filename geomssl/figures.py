@@ -191,7 +191,7 @@ def power(value: float, _position: object = None) -> str:
     return "10" + str(round(exponent)).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def _style(salt: str) -> dict[str, Any]:
+def _style(salt: str) -> Any:
     return {
         "svg.fonttype": "none", "svg.hashsalt": salt, "text.parse_math": False, "font.size": 12, "font.family": "DejaVu Sans",
         "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["ink"], "axes.linewidth": 0.8, "axes.labelsize": 12,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin
 
 import click
@@ -25,12 +25,6 @@ def given(model: type[BaseModel], values: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def decorate(command: Callable[..., Any], options: list[click.Option]) -> Callable[..., Any]:
-    """Put click options before those that decorators have already put on a function."""
-    command.__click_params__ = options + list(getattr(command, "__click_params__", []))  # type: ignore[attr-defined]
-    return command
-
-
 def _flag(name: str, field: FieldInfo) -> click.Option:
     kind = _plain(field.annotation)
     described = (field.description or "").strip()
@@ -40,7 +34,7 @@ def _flag(name: str, field: FieldInfo) -> click.Option:
     if kind is bool:
         return click.Option([f"--{dashed}/--no-{dashed}", name], **words)
     if get_origin(kind) is tuple:
-        inner = [a for a in get_args(kind) if a is not Ellipsis][0]
+        inner = next(a for a in get_args(kind) if a is not Ellipsis)
         return click.Option([f"--{dashed}", name], multiple=True, type=inner, **words)
     if get_origin(kind) is Literal:
         return click.Option([f"--{dashed}", name], type=click.Choice([str(a) for a in get_args(kind)]), **words)

@@ -1,0 +1,5 @@
+"""`python -m geomssl`."""
+
+from geomssl.cli import entry
+
+entry()
