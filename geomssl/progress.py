@@ -23,7 +23,7 @@ def shown(enabled: bool = True) -> Iterator[None]:
 
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=Console(stderr=True), transient=True,
+        console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty(),
     ) as bars:
         _bars = bars
         try:

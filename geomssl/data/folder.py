@@ -29,7 +29,7 @@ class Folder:
         name: Literal["folder"] = "folder"
         root: str = Field(description="the folder, with one sub-folder a class")
         size: int | None = Field(None, ge=2, description="crop each image to a centred square and resize it to this side")
-        channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or RGB (3); as the files are if not given")
+        channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or RGB (3)  [default: as the files are]")
         seed: int = Field(0, description="seed of the split, where the folder has no train/, val/, test/")
 
     @staticmethod
@@ -95,7 +95,8 @@ def _decode(files: Sequence[Path], config: Folder.Config) -> Tensor:
         pixels[row] = image
     assert pixels is not None
     if bool((pixels == pixels[0, 0, 0, 0]).all()):
-        raise GeomsslError(f"all {len(files)} images below {config.root} are one equal colour", "images that differ", reason="bad-image")
+        given = f"all {len(files)} images below {config.root} are one equal colour"
+        raise GeomsslError(given, "images that differ", reason="bad-image")
     return pixels
 
 

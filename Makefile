@@ -1,0 +1,35 @@
+# make demo: the main job. make test: the tests. Each sets up a virtual environment with pip first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-zoo lint types clean
+
+demo: $(VENV)/.ready
+	$(BIN)/geomssl demo
+
+test: $(VENV)/.ready
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+
+# The comparison with torchvision, whose wheel needs an environment of its own.
+test-zoo: .venv-zoo/.ready
+	.venv-zoo/bin/python -m pytest -m zoo tests/zoo
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("geomssl needs Python 3.11 or newer; %s is %d.%d: set PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
+	$(PIP) --editable '.[test,dev]'
+	@touch $@
+
+.venv-zoo/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-zoo || { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv-zoo; }
+	.venv-zoo/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[test]'
+	.venv-zoo/bin/python -m pip --disable-pip-version-check install --quiet --no-deps torchvision==0.28.0
+	@touch $@
+
+clean:
+	rm -rf .venv .venv-zoo build dist *.egg-info demo
