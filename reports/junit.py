@@ -1,0 +1,55 @@
+"""Verdicts as JUnit XML: a failed rule is a failure, an inconclusive one an error, so that CI tells them apart."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from xml.etree import ElementTree as ET
+
+from geomssl.reports.gate import Verdict, describe
+
+# What XML 1.0 cannot hold, not even escaped.
+_ILLEGAL = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def junit(verdicts: Sequence[Verdict], suite: str = "geomssl gate") -> str:
+    """One test case a verdict, with limit, found, low, high and n as properties. The gate measures nothing: time is 0."""
+    counts = {
+        "tests": len(verdicts),
+        "failures": sum(v.verdict == "fail" for v in verdicts),
+        "errors": sum(v.verdict == "inconclusive" for v in verdicts),
+        "skipped": 0,
+    }
+    shown = {key: str(value) for key, value in counts.items()} | {"time": "0"}
+    root = ET.Element("testsuites", {"name": suite, **shown})
+    cases = ET.SubElement(root, "testsuite", {"name": suite, **shown})
+    for verdict in verdicts:
+        cases.append(_case(verdict))
+    ET.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ET.tostring(root, encoding="unicode") + "\n"
+
+
+def _case(verdict: Verdict) -> ET.Element:
+    name = {"classname": _legal(f"{verdict.probe}.{verdict.run}"), "name": _legal(verdict.rule), "time": "0"}
+    case = ET.Element("testcase", name)
+    properties = ET.SubElement(case, "properties")
+    interval = verdict.interval
+    for key, value in {
+        "verdict": verdict.verdict, "reason": verdict.reason, "metric": verdict.metric, "limit": verdict.limit,
+        "found": verdict.found, "low": interval and interval.low, "high": interval and interval.high, "n": verdict.n,
+        "where": verdict.where or None,
+    }.items():
+        if value is not None:
+            ET.SubElement(properties, "property", {"name": key, "value": _legal(str(value))})
+    text = _legal(describe(verdict))
+    if verdict.verdict == "pass":
+        ET.SubElement(case, "system-out").text = text
+    else:
+        tag = "failure" if verdict.verdict == "fail" else "error"
+        message = _legal(f"expected {verdict.expected}; found {verdict.found_text}")
+        ET.SubElement(case, tag, {"type": verdict.reason, "message": message}).text = text
+    return case
+
+
+def _legal(text: str) -> str:
+    return _ILLEGAL.sub("\ufffd", text)
