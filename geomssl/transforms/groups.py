@@ -231,10 +231,18 @@ class Translations(Geometric, Group):
         if not self.wrap:
             return super().__call__(images, params)
         params = self.admit(images, params)
-        out = images.to(params.dtype)
-        for axis in (2, 3):
-            out = _shift(out, params[:, axis - 2], axis)
-        return out.to(images.dtype)
+        size = (images.shape[2], images.shape[3])
+        (above, below, down), (left, right, across) = (_wrapped(params[:, i], size[i]) for i in (0, 1))
+        flat = images.flatten(2).to(params.dtype)
+
+        def read(rows: Tensor, columns: Tensor) -> Tensor:
+            return _gather(flat, (rows[:, :, None] * size[1] + columns[:, None, :]).flatten(1), 2)
+
+        across = across[:, None, None, :].expand(-1, 1, size[0], -1).flatten(2)
+        top = torch.lerp(read(above, left), read(above, right), across)
+        bottom = torch.lerp(read(below, left), read(below, right), across)
+        down = down[:, None, :, None].expand(-1, 1, -1, size[1]).flatten(2)
+        return torch.lerp(top, bottom, down).view_as(images).to(images.dtype)
 
     def act(self, fibres: Tensor, params: Tensor) -> Tensor:
         """[Γ_t f](k, u) = f(k, u - t) on fibres (n, C, G, H, W) of any G; t in pixels of the features."""
@@ -317,15 +325,9 @@ def _gather(values: Tensor, index: Tensor, axis: int) -> Tensor:
     return flat.gather(axis, index.unsqueeze(1).expand(flat.shape)).view_as(values)
 
 
-def _shift(values: Tensor, amount: Tensor, axis: int) -> Tensor:
-    """Roll row i by amount[i] along an axis, linear between whole amounts."""
-    length = values.shape[axis]
-    shape = [len(values), 1, 1, 1]
-    shape[axis] = length
+def _wrapped(amount: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For shifts (n,) on a circle: the two entries (n, length) between which each place reads, and the second one's weight."""
     place = torch.arange(length, dtype=amount.dtype, device=amount.device) - amount[:, None]
-    below = place.detach().floor()
-    weight = (place - below).view(shape)
-    first = below.long().remainder(length)
-    near = values.gather(axis, first.view(shape).expand_as(values))
-    far = values.gather(axis, (first + 1).remainder(length).view(shape).expand_as(values))
-    return near + weight * (far - near)
+    first = place.detach().floor()
+    index = first.long().remainder(length)
+    return index, (index + 1).remainder(length), place - first
