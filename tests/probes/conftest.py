@@ -65,12 +65,12 @@ def few(source: Source, n: int) -> Resident:
 def make_subject() -> Callable[..., Subject]:
     """A subject on the first images of digits; keywords replace its parts."""
 
-    def make(n: int = 60, train: int = 200, **parts: Any) -> Subject:
+    def make(n: int = 60, known: int = 200, **parts: Any) -> Subject:
         with seeded(0, "test-projector"):
             projector = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 6))
         given: dict[str, Any] = {
             "encoder": encoder(), "projector": projector, "source": few(load("digits", "test"), n),
-            "train": few(load("digits", "train"), train), "policy": Brighten(), "untrained": lambda: encoder(1),
+            "train": few(load("digits", "train"), known), "policy": Brighten(), "untrained": lambda: encoder(1),
             "batch_size": 32, "provenance": {"run": "small"},
         }
         return Subject(**{**given, **parts})
