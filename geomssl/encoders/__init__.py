@@ -1,0 +1,23 @@
+"""Encoders: images to fibres (N, C, G, H, W) and to a vector h. `build` makes one by name, `wrap` from any module."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from geomssl.config import parse
+from geomssl.encoders.base import Encoder, Normalise
+from geomssl.encoders.group_conv import GroupConv2d
+from geomssl.encoders.wrap import wrap
+from geomssl.registry import resolve
+
+__all__ = ["Encoder", "GroupConv2d", "Normalise", "build", "wrap"]
+
+
+def build(name: str, in_channels: int = 3, **options: Any) -> Encoder:
+    """The encoder of that name for images of `in_channels` channels; options are the fields of its Config.
+
+    name: built in ("cnn", "c4-cnn", "mlp"), an installed entry point, or package.module:Class. Weights are drawn from the
+    global generator, so build under `seeding.seeded`. Raises GeomsslError for an unknown name, option or value.
+    """
+    chosen = resolve("encoder", name)
+    return chosen(in_channels, parse(chosen.Config, options, f"encoder {name}"))

@@ -1,0 +1,58 @@
+"""A multilayer perceptron on pixels whose output is read as fibres of a group that it knows nothing of (row H4)."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import Field, PositiveInt
+from torch import Tensor, nn
+
+from geomssl.config import Settings
+from geomssl.encoders.base import Encoder, Normalise
+from geomssl.encoders.cnn import admit
+from geomssl.errors import GeomsslError
+
+
+class MLP(Encoder):
+    """Linear, BatchNorm, ReLU for every width; the last width read as (C, G), G fibres of C = width / G numbers each.
+
+    The control without structure of Keller et al.: G > 1, group None. Fibres (N, C, G, 1, 1); h is the maximum over G, as
+    the encoders with a group take it.
+    """
+
+    class Config(Settings):
+        name: Literal["mlp"] = "mlp"
+        widths: tuple[PositiveInt, ...] = Field((784, 1024, 2048), min_length=1, description="outputs of the layers")
+        fibres: PositiveInt = Field(16, description="fibres as which the last output is read")
+        size: PositiveInt | None = Field(None, description="side of the images; the data's own when not given")
+
+    def __init__(self, in_channels: int, config: Config | None = None) -> None:
+        super().__init__()
+        config = config or self.Config()
+        if config.size is None:
+            raise GeomsslError("encoder mlp without a size", "the side of the images, such as size=8", reason="bad-value")
+        if config.widths[-1] % config.fibres:
+            raise GeomsslError(
+                f"encoder mlp: {config.widths[-1]} outputs read as {config.fibres} fibres",
+                "a last width that the number of fibres divides", reason="bad-value",
+            )
+        self.in_channels, self.size, self.places = in_channels, config.size, config.fibres
+        self.dim = config.widths[-1] // config.fibres
+        self.normalise = Normalise()
+        layers: list[nn.Module] = []
+        for a, b in pairwise((in_channels * config.size**2, *config.widths)):
+            layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
+            nn.init.kaiming_normal_(layers[-3].weight, nonlinearity="relu")  # type: ignore[arg-type]
+        self.layers = nn.Sequential(*layers)
+
+    def fibres(self, images: Tensor) -> Tensor:
+        if tuple(admit(images, self.in_channels).shape[2:]) != (self.size, self.size):
+            raise GeomsslError(
+                f"images of {images.shape[2]}x{images.shape[3]} pixels for an mlp",
+                f"{self.size}x{self.size}, the size that it was built for", reason="bad-images",
+            )
+        return self.layers(self.normalise(images).flatten(1)).view(len(images), self.dim, self.places, 1, 1)
+
+    def pool(self, fibres: Tensor) -> Tensor:
+        return fibres.amax(dim=2).flatten(1)
