@@ -34,7 +34,7 @@ class Compose(Transform):
         flat: list[Transform] = []
         for part in parts:
             flat += part.parts if isinstance(part, Compose) else [part]
-        self.parts = tuple(flat)
+        self.parts: tuple[Transform, ...] = tuple(flat)
         self.slices: list[slice] = []
         self.parameters = ()
         seen: Counter[str] = Counter()

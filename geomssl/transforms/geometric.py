@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -146,7 +147,7 @@ class Rotate(Geometric):
     def __init__(self, max_degrees: float = 180.0) -> None:
         require(0 <= max_degrees <= 180, f"Rotate(max_degrees={max_degrees})", "0 to 180 degrees")
         self.max_degrees = float(max_degrees)
-        kind = "periodic" if max_degrees == 180 else "continuous"
+        kind: Literal["periodic", "continuous"] = "periodic" if max_degrees == 180 else "continuous"
         self.parameters = (Parameter("angle", "degrees", kind, 0.0, -self.max_degrees, self.max_degrees),)
 
     def sample(self, n: int, generator: torch.Generator, size: Size) -> Tensor:

@@ -35,7 +35,7 @@ class PointGroup(Geometric, Group):
         self._tables: dict[Any, Tensor] = {}
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and self.name == other.name  # type: ignore[attr-defined]
+        return isinstance(other, PointGroup) and self.name == other.name
 
     def __hash__(self) -> int:
         return hash(self.name)
@@ -239,10 +239,11 @@ class Translations(Geometric, Group):
             return _gather(flat, (rows[:, :, None] * size[1] + columns[:, None, :]).flatten(1), 2)
 
         across = across[:, None, None, :].expand(-1, 1, size[0], -1).flatten(2)
-        top = torch.lerp(read(above, left), read(above, right), across)
-        bottom = torch.lerp(read(below, left), read(below, right), across)
         down = down[:, None, :, None].expand(-1, 1, -1, size[1]).flatten(2)
-        return torch.lerp(top, bottom, down).view_as(images).to(images.dtype)
+        top, bottom = read(above, left), read(below, left)
+        top = top + across * (read(above, right) - top)
+        bottom = bottom + across * (read(below, right) - bottom)
+        return (top + down * (bottom - top)).view_as(images).to(images.dtype)
 
     def act(self, fibres: Tensor, params: Tensor) -> Tensor:
         """[Γ_t f](k, u) = f(k, u - t) on fibres (n, C, G, H, W) of any G; t in pixels of the features."""
@@ -276,6 +277,7 @@ class Scales(Geometric):
         identity = float(factors.index(1.0))
         self.parameters = (Parameter("factor", "", "index", identity, 0.0, float(len(factors) - 1)),)
         self._zoom = Zoom(min(factors), max(factors), antialias)
+        self._tables: dict[Any, Tensor] = {}
 
     def sample(self, n: int, generator: torch.Generator, size: Size) -> Tensor:
         return whole(n, 0, len(self.factors) - 1, generator).unsqueeze(1)
@@ -286,8 +288,10 @@ class Scales(Geometric):
 
     def ratios(self, params: Tensor) -> Tensor:
         """The factors behind indices, (n, 1)."""
-        table = torch.tensor(self.factors, dtype=params.dtype, device=params.device)
-        return table[params[:, 0].detach().round().long()].unsqueeze(1)
+        key = (params.dtype, params.device)
+        if key not in self._tables:
+            self._tables[key] = torch.tensor(self.factors, dtype=params.dtype, device=params.device)
+        return self._tables[key][params[:, 0].detach().round().long()].unsqueeze(1)
 
     def source(self, y: Tensor, x: Tensor, params: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         return self._zoom.source(y, x, self.ratios(params), size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,10 +75,12 @@ def adjust_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     red, green, blue = pixels.unbind(dim=1)
     top, bottom = torch.maximum(torch.maximum(red, green), blue), torch.minimum(torch.minimum(red, green), blue)
     chroma = top - bottom
-    is_red, is_green = red == top, green == top
-    rise = torch.where(is_red, green - blue, torch.where(is_green, blue - red, red - green))
-    sextant = torch.where(is_red, 0.0, torch.where(is_green, 2.0, 4.0))
-    hue = _wrap(rise / torch.where(chroma == 0, 1.0, chroma) + sextant)
+    # Masks that are multiplied: several times faster than torch.where.
+    is_red = (red == top).to(top.dtype)
+    is_green = (green == top).to(top.dtype) * (1 - is_red)
+    is_blue = 1 - is_red - is_green
+    rise = is_red * (green - blue) + is_green * (blue - red) + is_blue * (red - green)
+    hue = _wrap(rise / (chroma + (chroma == 0)) + 2 * is_green + 4 * is_blue)
     turned = _wrap(hue + 6 * turns.view(-1, 1, 1))
     change = torch.stack([old - new for old, new in zip(_weights(hue), _weights(turned), strict=True)], dim=1)
     return (pixels + chroma.unsqueeze(1) * change).clamp(0, 1)
@@ -213,7 +216,7 @@ class Grayscale(Photometric):
     def colour(self, pixels: Tensor, params: Tensor) -> Tensor:
         if pixels.shape[1] == 1:
             return pixels
-        return torch.where(_cell(params[:, 0]) > 0.5, luma(pixels), pixels)
+        return torch.lerp(pixels, luma(pixels), (_cell(params[:, 0]) > 0.5).to(pixels.dtype))
 
 
 class GaussianBlur(Photometric):
@@ -230,7 +233,7 @@ class GaussianBlur(Photometric):
         require(kernel_size >= 1 and kernel_size % 2 == 1, f"GaussianBlur(kernel_size={kernel_size})", "an odd size")
         require(0 < sigma[0] <= sigma[1], f"GaussianBlur(sigma={sigma})", "0 < low <= high")
         require(0 <= p <= 1, f"GaussianBlur(p={p})", "a probability from 0 to 1")
-        self.kernel_size, self.p = kernel_size, float(p)
+        self.kernel_size, self.p = int(kernel_size), float(p)
         self.parameters = (Parameter("sigma", "pixels", "continuous", 0.0, *map(float, sigma)),)
 
     def sample(self, n: int, generator: torch.Generator, size: Size) -> Tensor:
@@ -253,7 +256,7 @@ def _factor(name: str, strength: float) -> Parameter:
 
 def _hue(strength: float) -> Parameter:
     require(0 <= strength <= 0.5, f"hue strength {strength}", "a strength from 0 to 0.5 turns")
-    kind = "periodic" if strength == 0.5 else "continuous"
+    kind: Literal["periodic", "continuous"] = "periodic" if strength == 0.5 else "continuous"
     return Parameter("hue", "turns", kind, 0.0, -float(strength), float(strength))
 
 

@@ -80,8 +80,13 @@ def smooth(images: Tensor, sigma: Tensor, radius: int, border: str = "reflect") 
     weights = weights / weights.sum(dim=1, keepdim=True)
     height, width = images.shape[2:]
     padded = F.pad(images, (radius, radius, radius, radius), mode=border)
-    rows = sum(weights[:, t].view(-1, 1, 1, 1) * padded[:, :, t : t + height] for t in range(2 * radius + 1))
-    return sum(weights[:, t].view(-1, 1, 1, 1) * rows[..., t : t + width] for t in range(2 * radius + 1))
+    rows = torch.zeros_like(padded[:, :, :height])
+    for t, weight in enumerate(weights.T):
+        rows = rows + weight.view(-1, 1, 1, 1) * padded[:, :, t : t + height]
+    out = torch.zeros_like(images)
+    for t, weight in enumerate(weights.T):
+        out = out + weight.view(-1, 1, 1, 1) * rows[..., t : t + width]
+    return out
 
 
 def _power_of_two(length: int) -> int:
