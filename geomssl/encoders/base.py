@@ -15,7 +15,7 @@ class Encoder(nn.Module):
 
     group:       the group that acts on axis G of the fibres, or None. G > 1 with group None is a control without structure.
     in_channels: channels of the images it takes.
-    dim:         D, the width of h.
+    dim:         D, the width of h, and C, the width of one fibre: a head for the one fits the other.
     """
 
     group: Group | None = None

@@ -59,8 +59,13 @@ class Objective(nn.Module):
 
     views: tuple[ViewSpec, ...] = ()
     draws: int = 0
-    projector: nn.Module | None = None
+    projector: nn.Module | None
     trains_encoder: bool = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        # not a class attribute, which would hide the registered submodule
+        self.projector = None
 
     @property
     def policy(self) -> Transform | None:

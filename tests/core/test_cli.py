@@ -1,0 +1,200 @@
+"""The command line: light help, one line for every mistake, nothing half-written."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from geomssl import checkpoint
+from geomssl.cli import COMMANDS, main
+from geomssl.registry import names
+
+FAST = ["train", "--objective", "simclr", "--epochs", "1", "--batch-size", "512", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "run.pt"
+    assert main([*FAST, "--out", str(path)]) == 0
+    return path
+
+
+def said(capsys):
+    """The one line on stderr."""
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from geomssl.cli import main; main(['--help']); "
+        "heavy = {'torch', 'matplotlib', 'numpy', 'pandas', 'sklearn', 'scipy'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    for name in [*COMMANDS, *names("probe")]:
+        assert name in found.stdout
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, *names("probe")])
+def test_every_command_has_help_with_an_example(name, capsys):
+    assert main([name, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "Example" in text
+    assert f"geomssl {name}" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["trian"], "unknown command 'trian'; expected one of demo, train"),
+        (["train", "--objectiv", "simclr"], "did you mean '--objective'"),
+        (["train", "--objective", "simcl"], "unknown objective 'simcl'; .*did you mean 'simclr'"),
+        (["train", "--encoder", "c4cnn"], "did you mean 'c4-cnn'"),
+        (["train", "--dataset", "digit"], "did you mean 'digits'"),
+        (["train", "--optimizer", "sdg"], "did you mean 'sgd'"),
+        (["train", "--dataset", "folder:/no/such/place"], "no such folder: /no/such/place"),
+        (["train", "--set", "optim.learning=1"], "unknown key 'learning'"),
+        (["train", "--set", "optim.lr=fast"], "lr = 'fast'; expected a valid number"),
+        (["train", "--batch-size", "1"], "batch_size = 1"),
+        (["train", "--batch-size", "9999"], "batch_size = 9999 on 1078 training images"),
+        (["train", "--epochs", "many"], "'many' is not a valid integer"),
+        (["train", "none.toml"], "no such file: none.toml"),
+        (["train", "--resume", "none.pt"], "no such file: none.pt"),
+        (["train", "--device", "cdua"], "unknown device 'cdua'"),
+        (["train", "--objective", "no.such.module:Thing"], "objective 'no.such.module:Thing'"),
+        (["rank"], "no model; expected one of --checkpoint"),
+        (["rank", "--checkpoint", "none.pt"], "no such file: none.pt"),
+        (["gate", "--rules", "none.toml", "--checkpoint", "none.pt"], "no such file: none.toml"),
+        (["report", "none.pt"], "no such run none.pt"),
+        (["probe", "some"], "geomssl probe some; expected all"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, line, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    found = said(capsys)
+    assert found.startswith("geomssl: ")
+    assert __import__("re").search(line, found), found
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_files_are_one_line(capsys, tmp_path, run):
+    (tmp_path / "broken.toml").write_text("epochs = = 1")
+    (tmp_path / "key.toml").write_text("epoch = 1")
+    (tmp_path / "half.pt").write_bytes(run.read_bytes()[: run.stat().st_size // 2])
+    (tmp_path / "text.pt").write_text("hello")
+    torch.save({"format": 99, "kind": checkpoint.KIND}, tmp_path / "newer.pt")
+    for arguments, line in [
+        (["train", str(tmp_path / "broken.toml")], "broken"),
+        (["train", str(tmp_path / "key.toml")], "did you mean 'epochs'"),
+        (["rank", "--checkpoint", str(tmp_path / "half.pt")], "cut short or damaged"),
+        (["rank", "--checkpoint", str(tmp_path / "text.pt")], "not a checkpoint"),
+        (["rank", "--checkpoint", str(tmp_path / "newer.pt")], "format 99"),
+        (["rank", "--checkpoint", str(run), "--out", str(tmp_path / "text.pt" / "x")], "is a file"),
+        (["report", str(run), "-o", str(tmp_path / "text.pt" / "r.html")], "no artifact in|is a file"),
+        ([*FAST, "--out", str(tmp_path / "text.pt" / "run.pt")], "is a file"),
+        ([*FAST, "--out", str(run)], "exists; expected another --out"),
+        (["rank", "--checkpoint", str(run), "--n", "1"], "at least 2 images"),
+        (["rank", "--checkpoint", str(run), "--dataset", "folder:/none"], "no such folder"),
+    ]:
+        assert main(arguments) == 2, arguments
+        assert __import__("re").search(line, said(capsys)), arguments
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken.toml", "half.pt", "key.toml", "newer.pt", "text.pt"]
+
+
+def test_images_that_do_not_fit_the_encoder(capsys, tmp_path, run):
+    for name in ("a", "b"):
+        for i in range(10):
+            (tmp_path / "rgb" / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(i).integers(0, 255, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "rgb" / name / f"{i}.png")
+    assert main(["rank", "--checkpoint", str(run), "--dataset", f"folder:{tmp_path / 'rgb'}"]) == 2
+    assert "has 3 channels; expected 1" in said(capsys)
+
+
+def test_train_probe_report_gate(capsys, tmp_path, run):
+    assert main(["rank", "--checkpoint", str(run), "--quiet"]) == 0
+    out = capsys.readouterr().out
+    assert "effective_rank" in out
+    assert "artifact: " in out
+    assert main(["rank", "--checkpoint", str(run), "--quiet", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["probe"] == "rank"
+    rules = tmp_path / "gate.toml"
+    rules.write_text('[[rule]]\nname = "turns"\nprobe = "equivariance"\nlimit = 0.01\n[rule.options]\ntransform = "c4"\n')
+    code = main(["gate", "--checkpoint", str(run), "--rules", str(rules), "--junit", str(tmp_path / "g.xml"), "--quiet"])
+    assert code == 1
+    assert "turns" in capsys.readouterr().out
+    assert "<failure" in (tmp_path / "g.xml").read_text()
+    assert main(["gate", str(run), "--rules", str(rules)]) == 1
+    assert main(["report", str(run), "-o", str(tmp_path / "r.html"), "--rules", str(rules)]) == 0
+    assert "<html" in (tmp_path / "r.html").read_text()
+
+
+def test_step_summary(capsys, tmp_path, run, monkeypatch):
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
+    rules = tmp_path / "gate.toml"
+    rules.write_text('[[rule]]\nname = "turns"\nprobe = "equivariance"\nlimit = 9.0\n[rule.options]\ntransform = "c4"\nn = 64\n')
+    assert main(["gate", "--checkpoint", str(run), "--rules", str(rules), "--quiet"]) == 0
+    assert "turns" in (tmp_path / "summary.md").read_text()
+
+
+USER = '''
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU())
+        self.head = nn.Linear(32, 8)
+    def forward(self, x):
+        return self.head(self.body(x))
+
+def net():
+    return Net()
+
+def pair():
+    made = Net()
+    return made.body, made.head
+'''
+
+
+def test_a_users_own_module(tmp_path, capsys, monkeypatch):
+    from safetensors.torch import save_file
+
+    (tmp_path / "own_net.py").write_text(USER)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import own_net
+
+    save_file(own_net.net().state_dict(), "w.safetensors")
+    assert main(["tangent", "--model", "own_net:pair", "--out", "a", "--quiet"]) == 0
+    first = capsys.readouterr().out
+    assert main(["tangent", "--model", "own_net:net", "--projector", "head", "--weights", "w.safetensors", "--out", "b"]) == 0
+    assert "unexplained" in first
+    capsys.readouterr()
+    for arguments, line in [
+        (["tangent", "--model", "own_net:net", "--out", "c"], "without a projector"),
+        (["tangent", "--model", "own_net:net", "--projector", "haed", "--out", "c"], "did you mean 'head'"),
+        (["rank", "--model", "own_net:nett", "--out", "c"], "own_net:nett"),
+        (["rank", "--model", "own_net:net", "--weights", "own_net.py", "--out", "c"], "own_net.py: "),
+        (["rank", "--model", "own_net:net", "--weights", "none", "--out", "c"], "no such file: none"),
+    ]:
+        assert main(arguments) == 2
+        assert line in said(capsys)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_fault_leaves_a_log_and_one_line(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("geomssl.recipe.build", lambda *_: 1 / 0)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert main(["train"]) == 2
+    assert "fault: ZeroDivisionError" in said(capsys)
+    (log,) = tmp_path.glob("geomssl-*.log")
+    assert "Traceback" in log.read_text()
