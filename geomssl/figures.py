@@ -54,10 +54,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Series:
-    """One line, one set of bars or one cloud: its label and its rows."""
+    """One line, one set of bars or one cloud: its label, its rows, and the place of its colour, dash and marker."""
 
     label: str
     rows: list[int]
+    style: int
 
 
 def draw(
@@ -69,11 +70,13 @@ def draw(
     height: int = 360,
     limits: Limits | None = None,
     prefix: str = "",
+    order: Sequence[str] = (),
 ) -> str:
     """The figure as SVG text, `width` by `height` units, as wide as its container.
 
     limits: axis limits to share between panels.  prefix: put before every id; several SVGs inlined in one page need
-    different ones (by default, it depends on the figure's data). A scatter's point of table row i carries data-row="i".
+    different ones (by default, it depends on the figure's data).  order: series that keep their colour even where some are
+    missing, so that a run looks the same in every figure. A scatter's point of table row i carries data-row="i".
     On a logarithmic axis a bar is drawn as a point with whiskers (its length would mean nothing), and values that are
     not positive stand on the lower edge, marked 0. Raises ValueError for an image, which is a file already, and KeyError
     for a column that the table does not have.
@@ -91,7 +94,7 @@ def draw(
         canvas = Canvas(figsize=(width / 72, height / 72), dpi=72, layout="constrained")
         FigureCanvasSVG(canvas)
         axes = canvas.add_subplot()
-        series = split(figure, table)
+        series = split(figure, table, order)
         _axes(axes, figure, theme)
         points = ""
         if figure.kind == "scatter":
@@ -116,16 +119,29 @@ def draw(
     return _finish(text.getvalue(), figure, series, points, theme, prefix or f"f{digest}")
 
 
-def split(figure: Figure, table: Table) -> list[Series]:
-    """The rows of each series, in order of first appearance; one series when the figure names none."""
+def split(figure: Figure, table: Table, order: Sequence[str] = ()) -> list[Series]:
+    """The rows of each series; one series when the figure names none.
+
+    In order of first appearance, but sorted in a scatter, so that a class has the same colour on every map. Labels in
+    `order` are styled by their place there.
+    """
     _column(table, str(figure.x))
     _column(table, str(figure.y))
     if figure.series is None:
-        return [Series(figure.y_label or str(figure.y), list(range(len(table))))]
+        return [Series(figure.y_label or str(figure.y), list(range(len(table))), 0)]
     found: dict[str, list[int]] = {}
     for row, value in enumerate(_column(table, figure.series)):
         found.setdefault("none" if value is None else str(value), []).append(row)
-    return [Series(label, rows) for label, rows in found.items()]
+    labels = sorted(found, key=_natural) if figure.kind == "scatter" else list(found)
+    places = {label: place for place, label in enumerate(order)}
+    others = iter(range(len(places), len(places) + len(labels)))
+    return [Series(label, found[label], places[label] if label in places else next(others)) for label in labels]
+
+
+def _natural(label: str) -> list[tuple[int, float, str]]:
+    """Sorts "9" before "10"."""
+    parts = re.findall(r"[0-9]{1,15}|[^0-9]+", label)
+    return [(0, float(p), "") if re.fullmatch("[0-9]+", p) else (1, 0.0, p) for p in parts]
 
 
 def shared(figures: Sequence[tuple[Figure, Table]]) -> Limits:
@@ -257,7 +273,7 @@ def _heights(axes: Any, figure: Figure, table: Table) -> tuple[list[float], list
         positive = [v for v in (*y, *low, *high) if v > 0 and math.isfinite(v)]
         edge = 10.0 ** math.floor(math.log10(min(positive)) - 0.3) if positive else 1e-1
         if any(v <= 0 for v in (*y, *low)):
-            axes.set_ylim(bottom=edge)
+            axes.set_ylim(bottom=edge / 1.6)
             y, low, high = ([edge if v <= 0 else v for v in values] for values in (y, low, high))
     return y, low, high
 
@@ -278,8 +294,8 @@ def _lines(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) ->
     x = _positions(axes, figure, table, categorical=False)
     y, low, high = _heights(axes, figure, table)
     handles = []
-    for index, one in enumerate(series):
-        rows = one.rows
+    for one in series:
+        rows, index = one.rows, one.style
         place, value, below, above = ([column[r] for r in rows] for column in (x, y, low, high))
         few = len(rows) <= 24
         (line,) = axes.plot(
@@ -301,8 +317,9 @@ def _bars(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -> 
     y, low, high = _heights(axes, figure, table)
     room = 0.76 / len(series)
     handles: list[Any] = []
-    for index, one in enumerate(series):
-        place = [x[r] + (index - (len(series) - 1) / 2) * room for r in one.rows]
+    for nth, one in enumerate(series):
+        index = one.style
+        place = [x[r] + (nth - (len(series) - 1) / 2) * room for r in one.rows]
         value, below, above = ([column[r] for r in one.rows] for column in (y, low, high))
         whiskers = _whiskers(value, below, above)
         if figure.log_y:
@@ -341,8 +358,8 @@ def _scatter(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) 
             axes.text(_median([x[r] for r in inside]), _median([y[r] for r in inside]), _short(one.label, 14),
                       ha="center", va="center", fontsize=13, fontweight="bold", gid="cloud-label", clip_on=True)
     return [
-        Line2D([], [], linestyle="none", marker=MARKERS[i % len(SHAPES)], color=_colour(i), markersize=6)
-        for i in range(len(series))
+        Line2D([], [], linestyle="none", marker=MARKERS[s.style % len(SHAPES)], color=_colour(s.style), markersize=6)
+        for s in series
     ]
 
 
@@ -353,15 +370,15 @@ def _median(values: Sequence[float]) -> float:
 def _points(axes: Any, figure: Figure, table: Table, series: Sequence[Series], height: int) -> str:
     """One <use> a row, grouped by series, at the places that the axes give them."""
     x, y = _numbers(_column(table, str(figure.x))), _numbers(_column(table, str(figure.y)))
-    shapes = sorted({i % len(SHAPES) for i in range(len(series))})
+    shapes = sorted({s.style % len(SHAPES) for s in series})
     out = ["<defs>", *(f'<path id="m{s}" d="{SHAPES[s]}"/>' for s in shapes), '</defs><g class="points">']
-    for index, one in enumerate(series):
-        out.append(f'<g style="fill: {_colour(index)}; stroke: {LIGHT["paper"]}; stroke-width: .6">')
+    for one in series:
+        out.append(f'<g style="fill: {_colour(one.style)}; stroke: {LIGHT["paper"]}; stroke-width: .6">')
         for row in one.rows:
             if math.isfinite(x[row]) and math.isfinite(y[row]):
                 at, up = axes.transData.transform((x[row], y[row]))
                 if math.isfinite(at) and math.isfinite(up):
-                    out.append(f'<use href="#m{index % len(SHAPES)}" x="{at:.1f}" y="{height - up:.1f}" data-row="{row}"/>')
+                    out.append(f'<use href="#m{one.style % len(SHAPES)}" x="{at:.1f}" y="{height - up:.1f}" data-row="{row}"/>')
         out.append("</g>")
     return "".join([*out, "</g>"])
 

@@ -202,8 +202,11 @@ def _same(wanted: Any, found: Any) -> bool:
 
 
 def _latest(artifacts: Iterable[Artifact]) -> list[Artifact]:
-    """Every final artifact (no step); of a run and way of measuring that has none, the one of the highest step."""
-    given = list(artifacts)
+    """Every final artifact (no step); of a run and way of measuring that has none, that of the highest step. Of equals, one."""
+    given: list[Artifact] = []
+    for a in artifacts:
+        if a not in given:
+            given.append(a)
     final = {(a.run, a.options_hash) for a in given if a.step is None}
     last: dict[tuple[str, str], int] = {}
     for a in given:

@@ -138,6 +138,9 @@ class TestMatching:
     def test_two_runs_of_one_name_are_both_judged(self):
         assert [v.verdict for v in evaluate([equivariance("a", [GOOD]), equivariance("a", [BAD])], rules())] == ["pass", "fail"]
 
+    def test_the_same_artifact_twice_is_judged_once(self):
+        assert len(evaluate([equivariance("a", [GOOD]), equivariance("a", [GOOD])], rules())) == 1
+
     def test_one_run(self):
         assert [v.run for v in evaluate([equivariance("a", [GOOD]), equivariance("b", [BAD])], rules(run="b"))] == ["b"]
 
