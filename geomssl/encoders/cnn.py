@@ -31,15 +31,14 @@ class CNN(Encoder):
 
     def __init__(self, in_channels: int, config: Config | None = None) -> None:
         super().__init__()
-        config = config or self.Config()
+        config = config or self.Config.model_validate({})
         self.in_channels, self.dim, self.coordinates = in_channels, config.widths[-1], config.coordinates
         self.normalise = Normalise()
         widths = (in_channels + 2 * config.coordinates, *config.widths)
-        self.convs = nn.ModuleList(
-            nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths)
-        )
-        for conv in self.convs:
+        convs = [nn.Conv2d(a, b, 3, padding=1, bias=False) for a, b in pairwise(widths)]
+        for conv in convs:
             nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        self.convs = nn.ModuleList(convs)
         self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in config.widths)
 
     def fibres(self, images: Tensor) -> Tensor:
@@ -70,7 +69,7 @@ class C4CNN(Encoder):
 
     def __init__(self, in_channels: int, config: Config | None = None) -> None:
         super().__init__()
-        config = config or self.Config()
+        config = config or self.Config.model_validate({})
         self.in_channels, self.dim, self.group = in_channels, config.widths[-1], CyclicRotations(4)
         self.normalise = Normalise()
         widths = (in_channels, *config.widths)

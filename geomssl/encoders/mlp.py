@@ -29,7 +29,7 @@ class MLP(Encoder):
 
     def __init__(self, in_channels: int, config: Config | None = None) -> None:
         super().__init__()
-        config = config or self.Config()
+        config = config or self.Config.model_validate({})
         if config.size is None:
             raise GeomsslError("encoder mlp without a size", "the side of the images, such as size=8", reason="bad-value")
         if config.widths[-1] % config.fibres:
@@ -42,8 +42,9 @@ class MLP(Encoder):
         self.normalise = Normalise()
         layers: list[nn.Module] = []
         for a, b in pairwise((in_channels * config.size**2, *config.widths)):
-            layers += [nn.Linear(a, b, bias=False), nn.BatchNorm1d(b), nn.ReLU()]
-            nn.init.kaiming_normal_(layers[-3].weight, nonlinearity="relu")  # type: ignore[arg-type]
+            linear = nn.Linear(a, b, bias=False)
+            nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
+            layers += [linear, nn.BatchNorm1d(b), nn.ReLU()]
         self.layers = nn.Sequential(*layers)
 
     def fibres(self, images: Tensor) -> Tensor:

@@ -1,0 +1,172 @@
+"""Where the pixels of a feature map sit on the image: stride and offset, read off the layers that a pass goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from geomssl.transforms.base import Size
+
+Axis = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Feature pixel i sits at image coordinate offset + stride i, in pixels, along (y, x).
+
+    source: "layers" where strides, paddings and dilations gave it; "sizes" where only the ratio of sizes was to be had
+    (the fallback: 33 -> 17 is then .515, though a layer of stride 2 is 1/2).
+    """
+
+    stride: Axis
+    offset: Axis
+    source: Literal["layers", "sizes"] = "layers"
+
+    @classmethod
+    def from_sizes(cls, image_size: Size, feature_size: Size) -> Geometry:
+        """The fallback: a grid that covers the image evenly. stride = H / h, offset = (stride - 1) / 2."""
+        stride = (image_size[0] / feature_size[0], image_size[1] / feature_size[1])
+        return cls(stride, ((stride[0] - 1) / 2, (stride[1] - 1) / 2), "sizes")
+
+    def then(self, stride: Axis, offset: Axis) -> Geometry:
+        """The map after a layer whose output i sits at offset + stride i of its input."""
+        return Geometry(
+            (self.stride[0] * stride[0], self.stride[1] * stride[1]),
+            (self.offset[0] + self.stride[0] * offset[0], self.offset[1] + self.stride[1] * offset[1]),
+            self.source,
+        )
+
+
+@torch.no_grad()
+def geometry(features: Callable[[Tensor], Tensor], images: Tensor) -> Geometry:
+    """The geometry of features (..., h, w) = features(images), images (n, C, H, W), by following one pass.
+
+    Convolutions, pools, padding and adaptive pools whose sizes divide are followed; whatever leaves the last two axes as
+    they are passes its input's geometry on. Where another operation changes them, or two paths disagree, the ratio of
+    sizes stands in. Put a model in eval mode before: the pass runs it as it is.
+    """
+    follower = _Follower(images)
+    with follower:
+        output = features(images)
+    found = follower.known(output)
+    if found is not None:
+        return found
+    return Geometry.from_sizes((images.shape[2], images.shape[3]), (output.shape[-2], output.shape[-1]))
+
+
+class _Follower(TorchFunctionMode):
+    """Watches every torch call of a pass and keeps the geometry of the tensors that have one."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        # Tensors are kept so that no address is used twice.
+        self.tensors: dict[int, tuple[Tensor, Geometry | None]] = {}
+        self.remember(images, Geometry((1.0, 1.0), (0.0, 0.0)))
+
+    def known(self, tensor: Any) -> Geometry | None:
+        return self.tensors.get(id(tensor), (None, None))[1]
+
+    def remember(self, tensor: Tensor, found: Geometry | None) -> None:
+        self.tensors[id(tensor)] = (tensor, found)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = list(_tensors((args, kwargs)))
+        before = [(self.known(t), tuple(t.shape)) for t in inputs]
+        output = func(*args, **kwargs)
+        for tensor in _tensors(output):
+            self.remember(tensor, self.after(func, args, kwargs, before, tensor))
+        return output
+
+    def after(self, func: Any, args: Any, kwargs: Any, before: list[Any], output: Tensor) -> Geometry | None:
+        """The geometry of one output of one call."""
+        name = (resolve_name(func) or getattr(func, "__name__", "")).rsplit(".", 1)[-1]
+        given = [(found, shape) for found, shape in before if found is not None]
+        if not given or output.dim() < 3:
+            return None
+        found, shape = given[0]
+        if name in LAYERS:
+            step = LAYERS[name](shape[-2:], tuple(output.shape[-2:]), *args[1:], **kwargs)
+            return None if step is None else found.then(*step)
+        # Attributes such as T and mT turn a map round; the others that matter are no tensors.
+        if name in MOVES or name == "__get__" or tuple(output.shape[-2:]) != tuple(shape[-2:]):
+            return None
+        return found if all(other == found for other, _ in given) else None
+
+
+def _tensors(values: Any) -> Iterable[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        yield from _tensors(tuple(values.values()))
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+
+
+# Calls that may keep the size of a map and yet move its pixels.
+MOVES = {
+    "roll", "flip", "fliplr", "flipud", "rot90", "transpose", "swapaxes", "permute", "t", "T", "mT", "grid_sample", "matmul",
+    "bmm", "einsum", "linear", "gather", "scaled_dot_product_attention", "reshape_as", "fft2", "ifft2", "sort", "cumsum",
+    "pixel_shuffle", "pixel_unshuffle", "index_select", "take_along_dim",
+}
+
+Step = tuple[Axis, Axis]
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (int(value), int(value)) if isinstance(value, int) else (int(value[0]), int(value[-1]))
+
+
+def _window(kernel: Any, stride: Any, padding: Any, dilation: Any = 1) -> Step:
+    """Output i of a window layer is centred at stride i - padding + dilation (kernel - 1) / 2."""
+    (kernel, stride, padding, dilation) = (_pair(v) for v in (kernel, stride, padding, dilation))
+    offset = [-p + d * (k - 1) / 2 for k, p, d in zip(kernel, padding, dilation, strict=True)]
+    return (float(stride[0]), float(stride[1])), (offset[0], offset[1])
+
+
+def _conv(before: Size, after: Size, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
+          dilation: Any = 1, groups: int = 1) -> Step:  # fmt: skip
+    kernel = (weight.shape[2], weight.shape[3])
+    if padding == "same":
+        # PyTorch puts the odd pixel at the end.
+        padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, _pair(dilation), strict=True))
+    return _window(kernel, stride, 0 if padding == "valid" else padding, dilation)
+
+
+def _max_pool(before: Size, after: Size, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1,
+              **_: Any) -> Step:  # fmt: skip
+    return _window(kernel_size, stride or kernel_size, padding, dilation)
+
+
+def _avg_pool(before: Size, after: Size, kernel_size: Any, stride: Any = None, padding: Any = 0, *_: Any, **__: Any) -> Step:
+    return _window(kernel_size, stride or kernel_size, padding)
+
+
+def _adaptive(before: Size, after: Size, *_: Any, **__: Any) -> Step | None:
+    if before[0] % after[0] or before[1] % after[1]:
+        return None
+    ratio = (before[0] // after[0], before[1] // after[1])
+    return _window(ratio, ratio, 0)
+
+
+def _pad(before: Size, after: Size, pad: Any, *_: Any, **__: Any) -> Step:
+    left, _, top = (*pad, 0, 0, 0)[:3]
+    return (1.0, 1.0), (-float(top), -float(left))
+
+
+LAYERS: dict[str, Callable[..., Step | None]] = {
+    "conv2d": _conv,
+    "max_pool2d": _max_pool,
+    "max_pool2d_with_indices": _max_pool,
+    "avg_pool2d": _avg_pool,
+    "adaptive_avg_pool2d": _adaptive,
+    "adaptive_max_pool2d": _adaptive,
+    "adaptive_max_pool2d_with_indices": _adaptive,
+    "pad": _pad,
+}

@@ -1,0 +1,105 @@
+"""Stride and offset of feature maps, against the place that a map responds to, and what cannot be followed."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from geomssl import encoders
+from geomssl.encoders.geometry import Geometry, geometry
+
+
+def centre(model, size, index):
+    """The centre of gravity (y, x) of |d feature / d pixel| at one feature pixel: where a symmetric positive net looks."""
+    x = torch.ones(1, 1, size, size, dtype=torch.float64, requires_grad=True)
+    model(x)[..., index, index].sum().backward()
+    weight = x.grad[0, 0].abs()
+    place = torch.arange(size, dtype=torch.float64)
+    return float((weight.sum(1) * place).sum() / weight.sum()), float((weight.sum(0) * place).sum() / weight.sum())
+
+
+def positive(module):
+    for p in module.parameters():
+        nn.init.constant_(p, 0.1)
+    return module.double()
+
+
+NETS = {
+    "conv": lambda: nn.Conv2d(1, 2, 3, padding=1),
+    "valid": lambda: nn.Conv2d(1, 2, 5, stride=3),
+    "even": lambda: nn.Conv2d(1, 2, 4, stride=2, padding=1),
+    "dilated": lambda: nn.Conv2d(1, 2, 3, stride=2, padding=2, dilation=2),
+    "same": lambda: nn.Conv2d(1, 2, 4, padding="same"),
+    "circular": lambda: nn.Conv2d(1, 2, 3, stride=2, padding=1, padding_mode="circular"),
+    "pad": lambda: nn.Sequential(nn.ZeroPad2d((2, 0, 1, 0)), nn.Conv2d(1, 2, 2)),
+    "pools": lambda: nn.Sequential(nn.AvgPool2d(3, 2, 1), nn.Conv2d(1, 1, 3, padding=1), nn.AvgPool2d(2)),
+    "stem": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 7, stride=2, padding=3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, 1)
+    ),
+    "adaptive": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Conv2d(1, 1, 3, stride=2, padding=1)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", NETS)
+def test_a_feature_pixel_sits_where_it_looks(name):
+    model = positive(NETS[name]()).eval()
+    size = 32 if name == "adaptive" else 33
+    with torch.no_grad():
+        found = geometry(model, torch.zeros(1, 1, size, size, dtype=torch.float64))
+    assert found.source == "layers"
+    for index in (3, 4):
+        looked = centre(model, size, index)
+        for axis in (0, 1):
+            assert found.offset[axis] + found.stride[axis] * index == pytest.approx(looked[axis], abs=1e-9)
+
+
+def test_stride_two_from_33_is_a_half_and_the_ratio_of_sizes_is_not():
+    found = geometry(nn.Conv2d(1, 1, 3, stride=2, padding=1), torch.zeros(1, 1, 33, 33))
+    assert found == Geometry((2.0, 2.0), (0.0, 0.0), "layers")
+    assert 1 / Geometry.from_sizes((33, 33), (17, 17)).stride[0] == pytest.approx(0.515, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.relu(F.conv2d(x, torch.ones(1, 1, 3, 3), padding=1)) + x,
+        lambda x: F.max_pool2d(x, 1),
+        lambda x: torch.cat([x, 2 * x], dim=1).reshape(len(x), 1, 2, *x.shape[2:]),
+    ],
+)
+def test_what_keeps_pixels_in_their_places_passes_them_on(function):
+    assert geometry(function, torch.zeros(1, 1, 8, 8)) == Geometry((1.0, 1.0), (0.0, 0.0), "layers")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x[..., ::2, ::2],
+        lambda x: x.transpose(2, 3),
+        lambda x: x.mT,
+        lambda x: torch.roll(x, 1, 3),
+        lambda x: F.max_pool2d(x, 2) + F.max_pool2d(x, 3, 2, 1),
+        lambda x: F.adaptive_avg_pool2d(x, 5),
+        lambda x: F.interpolate(x, scale_factor=0.5),
+    ],
+)
+def test_what_cannot_be_followed_falls_back_to_the_ratio_of_sizes_and_says_so(function):
+    x = torch.zeros(1, 1, 8, 8)
+    found = geometry(function, x)
+    assert found == Geometry.from_sizes((8, 8), tuple(function(x).shape[-2:]))
+    assert found.source == "sizes"
+
+
+def test_strides_and_offsets_differ_along_the_two_axes():
+    found = geometry(nn.Conv2d(1, 1, (3, 5), stride=(1, 2), padding=(1, 0)), torch.zeros(1, 1, 9, 12))
+    assert found == Geometry((1.0, 2.0), (0.0, 2.0), "layers")
+
+
+def test_the_built_in_encoders_at_sizes_that_halve_twice():
+    for name in ("cnn", "c4-cnn"):
+        encoder = encoders.build(name, in_channels=1, widths=(2, 2, 2)).eval()
+        assert geometry(encoder.fibres, torch.zeros(1, 1, 8, 8)) == Geometry((4.0, 4.0), (1.5, 1.5), "layers")
+        assert geometry(encoder.fibres, torch.zeros(1, 1, 9, 9)).source == "sizes"
+    wrapped = encoders.wrap(encoder, layer="convs.1", in_channels=1)
+    assert geometry(wrapped.fibres, torch.zeros(1, 1, 8, 8)) == Geometry((2.0, 2.0), (0.5, 0.5), "layers")
