@@ -73,7 +73,7 @@ def build(layers: list[Mapping[str, Any]], where: str = "recipe") -> Recipe:
 def read(path: Path | str) -> dict[str, Any]:
     """A recipe file, or an installed recipe by its bare name, as a dictionary."""
     path = Path(path)
-    if not path.exists() and path.suffix != ".toml" and path.name == str(path):
+    if not path.is_file() and path.suffix != ".toml" and path.name == str(path):
         from importlib.resources import files
 
         installed = {p.name.removesuffix(".toml"): p for p in files("geomssl.recipes").iterdir() if p.name.endswith(".toml")}

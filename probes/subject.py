@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,7 +57,7 @@ class Subject:
     memory: int = 2**31
     provenance: dict[str, Any] = field(default_factory=dict)
     _cache: dict[tuple[Any, ...], Tensor] = field(default_factory=dict, repr=False)
-    _spill: Any = field(default=None, repr=False)
+    _spill: Path | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         for module in (self.encoder, self.projector):
@@ -145,8 +147,9 @@ class Subject:
         if wanted + sum(t.numel() * t.element_size() for t in self._cache.values()) <= self.memory:
             return torch.empty(shape, dtype=dtype)
         if self._spill is None:
-            self._spill = tempfile.TemporaryDirectory(prefix="geomssl-")
-        path = Path(self._spill.name) / f"{len(self._cache)}.bin"
+            self._spill = Path(tempfile.mkdtemp(prefix="geomssl-"))
+            weakref.finalize(self, shutil.rmtree, self._spill, True)
+        path = self._spill / f"{len(self._cache)}.bin"
         return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
 
     def _cached(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:

@@ -42,11 +42,8 @@ def same(a, b):
     return a == b
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES)
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize(("objective", "optimizer"), [*((name, "sgd") for name in OBJECTIVES), ("ciper", "adamw")])
 def test_two_and_two_epochs_are_four(tmp_path, objective, optimizer):
-    if optimizer == "adamw" and objective != "ciper":
-        pytest.skip("one objective is enough for the second optimizer")
     chosen = recipe(objective, optim={"name": optimizer, "warmup_epochs": 1})
     training.start(chosen, tmp_path / "whole.pt", CPU).run()
     training.start(chosen, tmp_path / "parts.pt", CPU).run(stop_after=2)
@@ -72,9 +69,10 @@ def test_frozen_leaves_the_encoder_alone(tmp_path):
     chosen = recipe("frozen", epochs=1)
     trainer = training.start(chosen, tmp_path / "f.pt", CPU)
     before = {k: v.clone() for k, v in trainer.learner.encoder.state_dict().items()}
+    classifier = trainer.learner.classifier.weight.clone()
     trainer.run()
     assert same(before, trainer.learner.encoder.state_dict())
-    assert trainer.history[-1]["online_val_accuracy"] > 0.3
+    assert not torch.equal(classifier, trainer.learner.classifier.weight)
 
 
 def test_the_online_classifier_sends_no_gradient_to_the_encoder(tmp_path):
