@@ -252,20 +252,15 @@ class ResizedCrop(Geometric):
     for the whole side, which makes four zeros the identity at every size. Drawn as torchvision's RandomResizedCrop draws:
     an area share uniform in `scale`, an aspect width / height log-uniform in `ratio`, whole pixels, ten tries, then the
     largest central box within `ratio`. As torchvision's F.resized_crop(y, x, height, width, antialias=False); a box that
-    reaches out of the image reads zeros there. Exact for the whole image only.
+    reaches out of the image reads zeros there. A box inside the image never shrinks. Exact for the whole image only.
     """
 
     name = "resized-crop"
 
-    def __init__(
-        self,
-        scale: tuple[float, float] = (0.08, 1.0),
-        ratio: tuple[float, float] = (3 / 4, 4 / 3),
-        antialias: bool = False,
-    ) -> None:
+    def __init__(self, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> None:
         require(0 < scale[0] <= scale[1] <= 1, f"ResizedCrop(scale={scale})", "0 < low <= high <= 1")
         require(0 < ratio[0] <= ratio[1], f"ResizedCrop(ratio={ratio})", "0 < low <= high")
-        self.scale, self.ratio, self.antialias = scale, ratio, antialias
+        self.scale, self.ratio = scale, ratio
         self.parameters = tuple(
             Parameter(name, "pixels", "continuous", 0.0, low, math.inf)
             for name, low in (("y", -math.inf), ("x", -math.inf), ("height", 0.0), ("width", 0.0))

@@ -262,7 +262,6 @@ def _hue(strength: float) -> Parameter:
 
 def _applied(transform: Jitter | Brightness | Hue | GaussianBlur, n: int, generator: torch.Generator) -> Tensor:
     """Rows drawn uniformly from the ranges of all parameters, or with probability 1 - p all at their identity."""
-    columns = [uniform(n, p.low, p.high, generator) for p in transform.parameters]
-    drawn = torch.stack(columns, dim=1)
     applied = bernoulli(n, transform.p, generator)
-    return torch.where(applied.unsqueeze(1), drawn, transform.identity().to(drawn))
+    columns = [torch.where(applied, uniform(n, p.low, p.high, generator), p.identity) for p in transform.parameters]
+    return torch.stack(columns, dim=1)

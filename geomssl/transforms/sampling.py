@@ -33,7 +33,7 @@ def checked(transform: Transform, images: Tensor, params: Tensor) -> Tensor:
             f"parameters {tuple(params.shape)} for {transform.name}", f"{expected}: one row an image, columns {names}",
             reason="bad-parameters",
         )
-    return params.to(images.device, working_dtype(images.dtype))
+    return params.to(images.device, working_dtype(images.dtype), non_blocking=images.is_cuda)
 
 
 def frame(size: Size, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -289,6 +289,11 @@ def test_crop_boxes_are_drawn_as_random_resized_crop_draws():
     assert (y[inner] == 0).any()
 
 
+def test_the_aspect_of_a_box_is_width_by_height():
+    height, width = ResizedCrop((0.1, 0.3), (2.0, 3.0)).sample(500, generator(0, "test"), (64, 64))[:, 2:].unbind(dim=1)
+    assert ((width / height > 1.8) & (width / height < 3.3)).all()
+
+
 def test_crops_fall_back_to_the_centre_where_nothing_fits():
     tall = ResizedCrop((0.9, 1.0), (3.0, 3.0)).sample(5, generator(0, "test"), (8, 8))
     assert tall.tolist() == [[2, 0, 3, 8]] * 5  # width 8, height round(8 / 3), (8 - 3) // 2 above
