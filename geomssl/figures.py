@@ -214,7 +214,7 @@ def _style(salt: str) -> Any:
         "axes.titlesize": 13, "axes.titlecolor": LIGHT["ink"], "axes.titlelocation": "left", "text.color": LIGHT["ink"],
         "xtick.color": LIGHT["muted"], "ytick.color": LIGHT["muted"], "xtick.labelsize": 11, "ytick.labelsize": 11,
         "legend.fontsize": 11.5, "grid.color": LIGHT["grid"], "grid.linewidth": 0.8, "lines.linewidth": 1.8,
-        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "path.simplify": True,
+        "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "auto", "path.simplify": True,
     }
 
 

@@ -18,8 +18,8 @@ def number(value: Any) -> str:
         return str(value)
     if isinstance(value, float) and not math.isfinite(value):
         return "not finite"
-    if value == 0 or (float(value).is_integer() and abs(value) < 1e6 and isinstance(value, int)):
-        return "0" if value == 0 else str(value)
+    if value == 0 or isinstance(value, int):
+        return str(int(value))
     if 1e-3 <= abs(value) < 1e4:
         return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:.0f}"
     mantissa, exponent = f"{value:.1e}".split("e")

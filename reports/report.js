@@ -53,12 +53,16 @@
         (across > 1 ? x / (across - 1) * 100 : 0) + "% " + (data.down > 1 ? y / (data.down - 1) * 100 : 0) + "%";
     }
     card.hidden = false;
-    var at = point.getBoundingClientRect(), own = card.getBoundingClientRect();
+    place();
+    point.setAttribute("aria-label", data.columns.map(function (n, i) { return n + " " + data.rows[row][i]; }).join(", "));
+  }
+  function place() {
+    if (!current) { return; }
+    var at = current.getBoundingClientRect(), own = card.getBoundingClientRect();
     var left = at.right + 12, top = at.top - own.height / 2;
     if (left + own.width > innerWidth - 8) { left = at.left - own.width - 12; }
     card.style.left = Math.max(8, Math.min(left, innerWidth - own.width - 8)) + "px";
     card.style.top = Math.max(8, Math.min(top, innerHeight - own.height - 8)) + "px";
-    point.setAttribute("aria-label", data.columns.map(function (n, i) { return n + " " + data.rows[row][i]; }).join(", "));
   }
   // The nearest point in the direction of an arrow key; sideways counts double.
   function next(points, from, dx, dy) {
@@ -73,27 +77,28 @@
   var arrows = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] };
   document.querySelectorAll(".points-panel").forEach(function (panel) {
     var data = JSON.parse(panel.querySelector("script").textContent);
-    var group = panel.querySelector(".points");
-    var points = Array.from(group.querySelectorAll("use"));
+    var points = Array.from(panel.querySelectorAll(".points use"));
     if (!points.length) { return; }
     panel.querySelector("svg").setAttribute("role", "group");
     points.forEach(function (p) { p.setAttribute("tabindex", "-1"); p.setAttribute("role", "img"); });
     points[0].setAttribute("tabindex", "0");
     points[0].setAttribute("aria-label", "point; arrow keys move between points");
-    function point(e) { return e.target.closest("use"); }
+    // Listeners sit on the panel: an SVG group that listens for focus would become a stop of its own.
+    function point(e) { return e.target.closest(".points use"); }
     function open(e) { if (point(e)) { show(point(e), panel, data); } }
-    group.addEventListener("mouseover", open);
-    group.addEventListener("click", open);
-    group.addEventListener("focusin", open);
-    group.addEventListener("mouseout", hide);
-    group.addEventListener("focusout", hide);
-    group.addEventListener("keydown", function (e) {
+    panel.addEventListener("mouseover", open);
+    panel.addEventListener("click", open);
+    panel.addEventListener("focusin", open);
+    panel.addEventListener("mouseout", hide);
+    panel.addEventListener("focusout", hide);
+    panel.addEventListener("keydown", function (e) {
       if (e.key === "Escape") { hide(); return; }
-      var to = arrows[e.key] && next(points, point(e), arrows[e.key][0], arrows[e.key][1]);
-      if (!arrows[e.key]) { return; }
+      if (!arrows[e.key] || !point(e)) { return; }
       e.preventDefault();
+      var to = next(points, point(e), arrows[e.key][0], arrows[e.key][1]);
       if (to) { point(e).setAttribute("tabindex", "-1"); to.setAttribute("tabindex", "0"); to.focus(); }
     });
   });
-  addEventListener("scroll", hide, { passive: true });
+  addEventListener("scroll", place, { passive: true });
+  addEventListener("resize", place);
 })();

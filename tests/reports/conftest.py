@@ -1,7 +1,6 @@
 """Made-up artifacts for every test here, and the one place that decides whether browser tests run."""
 
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -14,12 +13,8 @@ import report_samples
 _AWAY = pytest.StashKey[int]()
 
 
-def browser():
-    return shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
-
-
 def pytest_collection_modifyitems(config, items):
-    if browser() or os.environ.get("GEOMSSL_REQUIRE_BROWSER") == "1":
+    if report_samples.browser() or os.environ.get("GEOMSSL_REQUIRE_BROWSER") == "1":
         return
     away = [item for item in items if item.get_closest_marker("browser")]
     if away:

@@ -1,7 +1,8 @@
-"""Artifacts as the probes write them, made up: three runs, six probes."""
+"""Artifacts as the probes write them, made up: three runs, six probes; and where a browser is."""
 
 import math
 import random
+import shutil
 import struct
 import zlib
 
@@ -9,6 +10,11 @@ from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 
 BOOT = "percentile bootstrap over images, 95 %"
 RUNS = ("simclr-cnn", "hssl-c4-cnn", "ciper-cnn")
+
+
+def browser():
+    """The path of an installed browser, or None."""
+    return shutil.which("chromium") or shutil.which("google-chrome") or shutil.which("chromium-browser")
 
 
 def png(width, height, pixel):
