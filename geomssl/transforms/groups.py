@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -133,11 +134,8 @@ class PointGroup(Geometric, Group):
     def _angles(self, index: Tensor, dtype: torch.dtype) -> Tensor:
         return self._table(("degrees", dtype), index.device, lambda: self._degrees.to(dtype))[index]
 
-    def _table(self, key: Any, device: torch.device, build: Any) -> Tensor:
-        """A table built once a device, so that no call copies it there again."""
-        if (key, device) not in self._tables:
-            self._tables[key, device] = build().to(device)
-        return self._tables[key, device]
+    def _table(self, key: Any, device: torch.device, build: Callable[[], Tensor]) -> Tensor:
+        return _kept(self._tables, (key, device), lambda: build().to(device))
 
 
 class CyclicRotations(PointGroup):
@@ -288,10 +286,9 @@ class Scales(Geometric):
 
     def ratios(self, params: Tensor) -> Tensor:
         """The factors behind indices, (n, 1)."""
-        key = (params.dtype, params.device)
-        if key not in self._tables:
-            self._tables[key] = torch.tensor(self.factors, dtype=params.dtype, device=params.device)
-        return self._tables[key][params[:, 0].detach().round().long()].unsqueeze(1)
+        dtype, device = params.dtype, params.device
+        table = _kept(self._tables, (dtype, device), lambda: torch.tensor(self.factors, dtype=dtype, device=device))
+        return table[params[:, 0].detach().round().long()].unsqueeze(1)
 
     def source(self, y: Tensor, x: Tensor, params: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         return self._zoom.source(y, x, self.ratios(params), size)
@@ -321,6 +318,21 @@ class Scales(Geometric):
         mask = origin >= 0
         index = origin.clamp(min=0).view(len(fibres), 1, -1, 1, 1).expand_as(moved)
         return moved.gather(2, index) * mask.view(len(fibres), 1, -1, 1, 1), mask
+
+
+def _kept(tables: dict[Any, Tensor], key: Any, build: Callable[[], Tensor]) -> Tensor:
+    """A table that is built once for each device, so that no call copies it there again.
+
+    It outlives the call, so it must be a plain tensor: one that belongs to a running torch.func transform is not kept.
+    """
+    if key in tables:
+        return tables[key]
+    table = build()
+    try:
+        table.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return table
+    return tables.setdefault(key, table)
 
 
 def _gather(values: Tensor, index: Tensor, axis: int) -> Tensor:

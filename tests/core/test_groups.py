@@ -1,7 +1,9 @@
 """Groups: axioms for every pair, permutations against numpy, the regular action against 2x2 matrices, matched scales."""
 
+import copy
 import itertools
 import math
+import pickle
 
 import numpy as np
 import pytest
@@ -75,6 +77,7 @@ def test_order_and_length_of_the_fibre():
     assert CyclicRotations(4) == CyclicRotations(4) != CyclicRotations(8)
     assert Translations() == Translations() != Translations(wrap=False)
     assert len({CyclicRotations(4), CyclicRotations(4), Dihedral(4)}) == 2
+    assert Flips() != CyclicRotations(2) != Translations()
 
 
 @pytest.mark.parametrize("size", [1, 2, 5, 6])
@@ -244,6 +247,41 @@ def test_gradients_flow_through_permutations_and_shifts():
     assert torch.autograd.gradcheck(lambda x: Dihedral(4)(x, turn), image)
     shift = torch.tensor([[0.3, -1.4], [2.6, 0.2]], dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(Translations(), (image, shift))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch.func.jvp's own
+@pytest.mark.parametrize("make", [lambda: CyclicRotations(4), lambda: Dihedral(4), lambda: CyclicRotations(8), Flips, Scales])
+def test_what_is_kept_inside_a_torch_context_serves_outside_it(make):
+    """The first call may come inside jvp, vmap or inference mode; the next one trains, is copied and is pickled."""
+
+    def calls(group, fibres, params):
+        act = group.act if not isinstance(group, Scales) else lambda f, p: group.act(f, p)[0]
+        return act(fibres, params), group(fibres[:, :, 0], params), group.is_exact(params, (6, 6))
+
+    def first_in_jvp(group, fibres, params):
+        moved, tangent = torch.func.jvp(lambda f: calls(group, f, params)[0], (fibres,), (fibres,))
+        assert torch.allclose(moved, tangent)  # linear
+
+    def first_in_inference(group, fibres, params):
+        with torch.inference_mode():
+            calls(group, fibres, params)
+
+    def first_in_vmap(group, fibres, params):
+        torch.func.vmap(lambda f, p: calls(group, f[None], params[:1])[0], in_dims=(0, 0))(fibres, params)
+
+    for first in (first_in_jvp, first_in_inference, first_in_vmap):
+        group = make()
+        params = group.elements()
+        length = len(params)
+        fibres = torch.rand(length, 2, length, 6, 6, generator=generator(0, "test"))
+        if first is first_in_jvp and group.name in ("scales", "c8"):
+            continue  # grid_sample has no forward mode
+        first(group, fibres, params)
+        fibres.requires_grad_()
+        calls(group, fibres, params)[0].sum().backward()
+        assert torch.isfinite(fibres.grad).all()
+        again = pickle.loads(pickle.dumps(copy.deepcopy(group)))
+        assert torch.equal(again(fibres[:, :, 0], params), group(fibres[:, :, 0], params))
 
 
 def test_draws_are_whole_uniform_and_the_generators_own():

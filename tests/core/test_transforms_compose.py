@@ -252,6 +252,21 @@ def test_bad_input_is_one_line(call, words):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["c4", "c8", "d4", "flips", "translations", "rotate", "zoom", "gaussian-blur", *POLICIES])
+def test_nothing_waits_for_the_device(name):
+    """The meta device holds no values, so any look at one raises."""
+    transform = named(name)
+    params = transform.sample(3, generator(0, "test"), (8, 8))
+    images = torch.empty(3, 3, 8, 8, device="meta")
+    for given in (params, params.to("meta")):
+        assert transform(images, given).device.type == "meta"
+    if isinstance(transform, Group):
+        fibres = torch.empty(3, 2, transform.fibre, 8, 8, device="meta")
+        assert transform.act(fibres, params.to("meta")).shape == fibres.shape
+        assert transform.compose(params.to("meta"), params.to("meta")).shape == params.shape
+        assert transform.is_exact(params.to("meta"), (8, 8)).shape == (3,)
+
+
 def test_a_zoom_chain_of_three_has_the_zoom_of_the_product():
     images = picture(1, size=(9, 9))
     chain = Compose([Zoom(), Zoom(), Rotate()])

@@ -289,6 +289,28 @@ def test_crop_boxes_are_drawn_as_random_resized_crop_draws():
     assert (y[inner] == 0).any()
 
 
+def one_box(rng, scale, ratio, side):
+    """RandomResizedCrop as its documentation tells it, one box at a time."""
+    for _ in range(10):
+        area, aspect = side**2 * rng.uniform(*scale), math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        width, height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < width <= side and 0 < height <= side:
+            return rng.integers(side - height + 1), rng.integers(side - width + 1), height, width
+    return 0, 0, side, side
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.9, 1.0)])
+def test_boxes_have_the_distribution_of_a_scalar_draw(scale):
+    n, ratio, rng = 4000, (3 / 4, 4 / 3), np.random.default_rng(0)
+    ours = ResizedCrop(scale, ratio).sample(n, generator(0, "test"), (32, 32)).numpy()
+    theirs = np.array([one_box(rng, scale, ratio, 32) for _ in range(n)])
+    # Two-sample Kolmogorov-Smirnov statistic at level 1e-4.
+    limit = math.sqrt(-0.5 * math.log(1e-4 / 2) * 2 / n)
+    for i, name in enumerate(("y", "x", "height", "width")):
+        gap = [(ours[:, i] < g).mean() - (theirs[:, i] < g).mean() for g in np.arange(-0.5, 33)]
+        assert np.abs(gap).max() < limit, name
+
+
 def test_the_aspect_of_a_box_is_width_by_height():
     height, width = ResizedCrop((0.1, 0.3), (2.0, 3.0)).sample(500, generator(0, "test"), (64, 64))[:, 2:].unbind(dim=1)
     assert ((width / height > 1.8) & (width / height < 3.3)).all()
