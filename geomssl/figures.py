@@ -104,14 +104,8 @@ def draw(
         else:
             handles = _bars(axes, figure, table, series)
         _limits(axes, limits)
-        if 1 < len(series) <= LEGEND_LIMIT:
-            handle = 1.0 if figure.kind == "scatter" else 2.2
-            entry = 11.5 * (handle + 2.4) + 7.5 * max(len(_short(s.label)) for s in series)
-            canvas.legend(
-                handles, [_legend_text(s.label) for s in series], loc="outside upper left",
-                ncols=max(1, min(len(series), int(width / entry))), frameon=False, handlelength=handle,
-                columnspacing=1.2, handletextpad=0.6, borderpad=0.1,
-            )
+        if 1 < len(series) <= LEGEND_LIMIT or (series and figure.series and order):
+            _legend(canvas, handles, series, width, figure.kind == "scatter")
         text = io.StringIO()
         canvas.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         if figure.kind == "scatter":
@@ -191,6 +185,19 @@ def _short(text: str, most: int = 26) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def _legend(canvas: Any, handles: list[Any], series: Sequence[Series], width: int, tight: bool) -> None:
+    """The legend above the axes, as many in a row as fit, read row by row (matplotlib fills column by column)."""
+    handle, pad, gap = (0.8, 0.2, 0.7) if tight else (2.2, 0.6, 1.2)
+    size = 11.5
+    entry = size * (handle + pad + gap) + 7.2 * max(len(_short(s.label)) for s in series)
+    across = max(1, min(len(series), int((width - 12) / entry)))
+    turned = [i for column in range(across) for i in range(column, len(series), across)]
+    canvas.legend(
+        [handles[i] for i in turned], [_legend_text(series[i].label) for i in turned], loc="outside upper left", ncols=across,
+        frameon=False, handlelength=handle, handletextpad=pad, columnspacing=gap, borderpad=0.1, fontsize=size,
+    )
+
+
 def _legend_text(label: str) -> str:
     # matplotlib drops a legend entry that begins with an underscore
     short = _short(label)
@@ -213,7 +220,7 @@ def _style(salt: str) -> Any:
         "axes.edgecolor": LIGHT["muted"], "axes.labelcolor": LIGHT["ink"], "axes.linewidth": 0.8, "axes.labelsize": 12,
         "axes.titlesize": 13, "axes.titlecolor": LIGHT["ink"], "axes.titlelocation": "left", "text.color": LIGHT["ink"],
         "xtick.color": LIGHT["muted"], "ytick.color": LIGHT["muted"], "xtick.labelsize": 11, "ytick.labelsize": 11,
-        "legend.fontsize": 11.5, "grid.color": LIGHT["grid"], "grid.linewidth": 0.8, "lines.linewidth": 1.8,
+        "grid.color": LIGHT["grid"], "grid.linewidth": 0.8, "lines.linewidth": 1.8,
         "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "auto", "path.simplify": True,
     }
 
@@ -328,7 +335,8 @@ def _bars(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -> 
                 elinewidth=1.4, capsize=3,
             ))
         else:
-            handles.append(axes.bar(place, value, room * 0.9, color=_colour(index), alpha=0.82))
+            handles.append(axes.bar(place, value, room * 0.9, color=_colour(index), alpha=0.82, linewidth=1,
+                                    edgecolor=_colour(index)))
             if any(math.isfinite(v) for v in (*below, *above)):
                 axes.errorbar(place, value, whiskers, fmt="none", ecolor=LIGHT["ink"], elinewidth=1.2, capsize=3)
         for row, at, height in zip(one.rows, place, value, strict=True):

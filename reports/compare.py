@@ -35,13 +35,14 @@ class Question:
 
 @dataclass(frozen=True)
 class Panel:
-    """One drawing: which figure of which table; of which runs or part it tells, in words; its points' row data."""
+    """One drawing: which figure of which table, and of which run or part it tells. order: the labels that fix colours."""
 
     title: str
     figure: Figure
     table: Table | None
     limits: figures.Limits | None = None
     artifact: Artifact | None = None
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,7 @@ def _marked(found: list[Metric | None]) -> list[Cell]:
     """The best of several runs is marked, and said to be a lead only where its interval touches another's."""
     there = [m for m in found if m is not None and m.value is not None and m.better]
     values = sorted({float(m.value) for m in there if m.value is not None}, reverse=bool(there and there[0].better == "higher"))
-    if len(there) < 2 or len(values) < 2:
+    if len(there) < 2 or sum(m.value == values[0] for m in there) != 1:
         return [Cell(m) for m in found]
     cells = []
     for m in found:
@@ -166,44 +167,52 @@ def _marked(found: list[Metric | None]) -> list[Cell]:
     return cells
 
 
-def plates(question: Question) -> list[Plate]:
+def plates(question: Question, runs: Sequence[str]) -> list[Plate]:
     """Every figure of a question. Lines and bars of several runs are laid over each other; maps and images stand in a row.
 
     A figure that has series of its own becomes a panel for each of them, with a line for each run; with more than
-    PANELS series, a panel for each run. Panels share their axes.
+    PANELS series, a panel for each run. Panels share their axes; `runs` fixes the runs' colours.
     """
     found: dict[tuple[str, str], dict[str, Figure]] = {}
     for run, artifact in question.answers.items():
         for figure in artifact.figures:
             found.setdefault((figure.name, figure.kind), {})[run] = figure
-    return [_plate(name, kind, drawn, question) for (name, kind), drawn in found.items()]
+    return [_plate(name, kind, drawn, question, tuple(runs)) for (name, kind), drawn in found.items()]
 
 
-def _plate(name: str, kind: str, drawn: Mapping[str, Figure], question: Question) -> Plate:
+def _plate(name: str, kind: str, drawn: Mapping[str, Figure], question: Question, runs: tuple[str, ...]) -> Plate:
     artifacts = {run: question.answers[run] for run in drawn}
-    tables = {run: table(artifacts[run], f.table) for run, f in drawn.items()}
+    tables = {run: table(artifacts[run], table_of(artifacts[run], f)) for run, f in drawn.items()}
     figure = next(iter(drawn.values()))
     held = {run: t for run, t in tables.items() if t is not None}
     together = merged(held) if held else None
     sizes = [len(t) for t in held.values()]
-    if kind in ("image", "scatter") or len(drawn) == 1:
+    if kind in ("image", "scatter") or len(drawn) == 1 or len(held) < len(drawn):
         panels = [
-            Panel(run if len(drawn) > 1 else "", f, tables[run], artifact=artifacts[run]) for run, f in drawn.items()
+            Panel(run if len(runs) > 1 else "", f, tables[run], artifact=artifacts[run]) for run, f in drawn.items()
         ]
         return Plate(name, figure, panels, together, sizes)
     assert together is not None
     column = next(iter(together.columns))
     series = list(dict.fromkeys(map(str, together.columns[figure.series]))) if figure.series else []
     parts: list[tuple[str, Figure, Table]]
+    order = runs
     if len(series) <= 1:
         parts = [("", dataclasses.replace(figure, series=column), together)]
     elif len(series) <= PANELS:
         over = dataclasses.replace(figure, series=column)
         parts = [(one, over, _where(together, str(figure.series), one)) for one in series]
     else:
-        parts = [(run, f, held[run]) for run, f in drawn.items()]
+        parts, order = [(run, f, held[run]) for run, f in drawn.items()], tuple(series)
     limits = figures.shared([(f, t) for _, f, t in parts]) if len(parts) > 1 else None
-    return Plate(name, figure, [Panel(title, f, t, limits) for title, f, t in parts], together, sizes)
+    return Plate(name, figure, [Panel(title, f, t, limits, order=order) for title, f, t in parts], together, sizes)
+
+
+def table_of(artifact: Artifact, figure: Figure) -> str | None:
+    """The table that stands under a figure: its own; under an image that names none, the artifact's first."""
+    if figure.table is None and figure.kind == "image" and artifact.tables:
+        return artifact.tables[0].name
+    return figure.table
 
 
 def table(artifact: Artifact, name: str | None) -> Table | None:
@@ -213,7 +222,7 @@ def table(artifact: Artifact, name: str | None) -> Table | None:
 
 def spare_tables(question: Question) -> list[tuple[Table, list[int]]]:
     """Tables that no figure draws, merged over the runs, with how many rows each run has."""
-    drawn = {f.table for a in question.answers.values() for f in a.figures}
+    drawn = {table_of(a, f) for a in question.answers.values() for f in a.figures}
     names = dict.fromkeys(t.name for a in question.answers.values() for t in a.tables if t.name not in drawn)
     found = []
     for name in names:

@@ -101,11 +101,11 @@ def _render(
 def _section(
     page: _Page, probe: str, questions: list[compare.Question], runs: list[str], most: int
 ) -> dict[str, Any]:
-    first = questions[0].first
+    titles = {a.title for q in questions for a in q.answers.values()}
     return {
         "probe": probe,
         "anchor": page.anchor(probe),
-        "title": first.title or probe,
+        "title": (titles.pop() if len(titles) == 1 else "") or probe.capitalize(),
         "questions": [_question(page, q, runs, most) for q in questions],
     }
 
@@ -131,33 +131,38 @@ def _question(page: _Page, question: compare.Question, runs: list[str], most: in
         "rows": compare.rows(question, here),
         "key": compare.rows(question, runs, key_only=True),
         "methods": methods(question),
-        "plates": [_plate(page, question, plate, runs, most) for plate in compare.plates(question)],
+        "plates": [_plate(page, question, plate, most) for plate in compare.plates(question, runs)],
         "tables": [_table(t, sizes, most) for t, sizes in compare.spare_tables(question)],
         "provenance": provenance(answers),
     }
 
 
 def _plate(
-    page: _Page, question: compare.Question, plate: compare.Plate, runs: list[str], most: int
+    page: _Page, question: compare.Question, plate: compare.Plate, most: int
 ) -> dict[str, Any]:
     anchor = page.anchor(question.probe, question.label, plate.name)
-    shown = [_panel(panel, f"{anchor}-{i}", page, runs, len(plate.panels)) for i, panel in enumerate(plate.panels)]
-    captions = dict.fromkeys(
+    count = len(plate.panels)
+    across = 2 if count in (2, 4) else min(3, count)
+    shown = [_panel(panel, f"{anchor}-{i}", page, across) for i, panel in enumerate(plate.panels)]
+    captions = list(dict.fromkeys(
         f.caption for a in question.answers.values() for f in a.figures
         if f.name == plate.name and f.kind == plate.figure.kind and f.caption
-    )
+    ))
+    own = len(captions) > 1 and all(p.artifact for p in plate.panels)
+    for panel, out in zip(plate.panels, shown, strict=True):
+        out["caption"] = panel.figure.caption if own else ""
     return {
         "anchor": anchor,
         "title": plate.figure.title,
-        "captions": list(captions),
+        "captions": [] if own else captions,
         "panels": shown,
-        "across": min(3, len(shown)),
+        "across": across,
         "points": any(p["rows"] for p in shown),
         "table": None if plate.table is None else _table(plate.table, plate.rows_of, most),
     }
 
 
-def _panel(panel: compare.Panel, prefix: str, page: _Page, runs: list[str], panels: int) -> dict[str, Any]:
+def _panel(panel: compare.Panel, prefix: str, page: _Page, across: int) -> dict[str, Any]:
     from markupsafe import Markup
 
     out: dict[str, Any] = {"title": panel.title, "svg": "", "image": "", "missing": "", "tile": "", "rows": "", "alt": ""}
@@ -175,14 +180,14 @@ def _panel(panel: compare.Panel, prefix: str, page: _Page, runs: list[str], pane
         out["missing"] = f"The table {figure.table} is not in the artifact."
         return out
     scatter = figure.kind == "scatter"
-    if panels == 1:
+    if across == 1:
         width, height = (620, 500) if scatter else (760, 360)
-    elif panels == 2:
+    elif across == 2:
         width, height = (470, 440) if scatter else (470, 330)
     else:
         width, height = (380, 380) if scatter else (380, 320)
     out["svg"] = Markup(figures.draw(
-        figure, panel.table, width=width, height=height, limits=panel.limits, prefix=prefix, order=() if scatter else runs,
+        figure, panel.table, width=width, height=height, limits=panel.limits, prefix=prefix, order=panel.order,
     ))
     if scatter and panel.artifact is not None:
         out["rows"] = Markup(_points(panel, page, out))

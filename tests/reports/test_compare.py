@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 from geomssl.reports import compare
-from report_samples import embed, equivariance, everything, linear, rank
+from report_samples import embed, equivariance, everything, linear, rank, saliency
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 
@@ -41,6 +41,7 @@ class TestRows:
         [one("a", 0.9, 0.8, 1.0), one("b", 0.9, 0.8, 1.0)],
         [one("a", 0.9, 0.8, 1.0, None), one("b", 0.5, 0.4, 0.6, None)],
         [one("a", 0.9, 0.8, 1.0), one("b", None)],
+        [one("a", 0.9, 0.8, 1.0), one("b", 0.9, 0.8, 1.0), one("c", 0.1, 0.0, 0.2)],
     ])
     def test_where_nothing_is_best_nothing_is_marked(self, artifacts):
         assert all(not c.mark for c in row(*artifacts).cells)
@@ -88,8 +89,8 @@ class TestQuestions:
 
 
 def plate(*artifacts):
-    _, (question,) = compare.questions(list(artifacts))
-    return compare.plates(question)[0]
+    runs, (question,) = compare.questions(list(artifacts))
+    return compare.plates(question, runs)[0]
 
 
 class TestPlates:
@@ -117,12 +118,20 @@ class TestPlates:
             table = Table("t", "", {"x": [0, 1] * 6, "y": list(range(12)), "s": [i // 2 for i in range(12)]})
             return one(run, 0.5, tables=[table], figures=[Figure("f", "line", "F", table="t", x="x", y="y", series="s")])
 
-        assert [p.title for p in plate(many("a"), many("b")).panels] == ["a", "b"]
+        found = plate(many("a"), many("b")).panels
+        assert [p.title for p in found] == ["a", "b"]
+        assert {p.order for p in found} == {("0", "1", "2", "3", "4", "5")}
 
     def test_maps_stand_side_by_side_with_their_own_rows(self):
         found = plate(embed("a"), embed("b"))
         assert [p.title for p in found.panels] == ["a", "b"]
         assert [len(p.table) for p in found.panels] == [360, 360]
+
+    def test_an_image_without_a_table_has_the_first(self):
+        bare = dataclasses.replace(saliency("a"), figures=[Figure("maps", "image", "M", file="maps.png")])
+        assert plate(bare).table is bare.tables[0]
+        _, (question,) = compare.questions([bare])
+        assert compare.spare_tables(question) == []
 
     def test_a_column_called_run_is_kept(self):
         def own(run):

@@ -239,6 +239,24 @@ def test_other_ways_of_measuring_have_their_own_heading():
     assert [e["text"].rstrip("#") for e in page.all("h3", class_="question")] == ["transform = c4", "transform = c8"]
 
 
+def test_captions_that_differ_stand_under_their_own_panel():
+    def titled(run):
+        artifact = saliency(run)
+        return dataclasses.replace(artifact, figures=[dataclasses.replace(artifact.figures[0], caption=f"Only {run}.")])
+
+    page = Page(render([titled("a"), titled("b")]))
+    panels = [e for e in page.elements if e.get("class") == "panel"]
+    assert ["Only a." in p["text"] for p in panels] == [True, False]
+    assert "Only" not in page.all("figcaption")[0]["text"]
+
+
+def test_many_notes_are_folded_but_none_is_lost():
+    page = Page(render([dataclasses.replace(linear("a"), notes=[f"Note {i}." for i in range(9)])]))
+    (aside,) = page.all("aside")
+    assert all(f"Note {i}." in aside["text"] for i in range(9))
+    assert "5 more notes" in aside["text"]
+
+
 def test_no_artifacts_are_one_line():
     with pytest.raises(GeomsslError, match="no artifacts"):
         render([])
