@@ -183,7 +183,8 @@ def test_policies_take_every_dtype_and_their_identity_changes_no_bit(name, dtype
     views = chosen(images, params)
     assert (views.dtype, views.shape) == (dtype, images.shape)
     assert views.isfinite().all()
-    assert torch.allclose(views.double(), chosen(images.double(), params), atol=0.01)
+    if dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(views, chosen(images.float(), params).to(dtype))  # rounded once, at the end
 
 
 def settings(name):
