@@ -1,0 +1,133 @@
+"""The saliency probe: the classifier it explains, the artifact, and what it says when something is missing."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+
+import pytest
+import torch
+from geomssl.probes.linear import fit
+from geomssl.probes.saliency import Length, Options, fullgrad, probe
+from geomssl.probes.subject import Subject
+from PIL import Image
+from torch import Tensor, nn
+
+from geomssl.data.base import Resident
+from geomssl.errors import GeomsslError
+
+
+def test_probe_explains_the_classifier_of_the_linear_probe(make_subject: Callable[..., Subject]) -> None:
+    subject = make_subject()
+    found = probe(subject, Options())
+    known = torch.arange(200)
+    classifier = fit(subject.features(known, "h", "train"), subject.train.labels)  # type: ignore[union-attr, arg-type]
+    logits = classifier.logits(subject.features(torch.arange(60)))
+    table = found.table("images").columns
+    torch.testing.assert_close(torch.tensor(table["value"]), logits.amax(dim=1).float(), rtol=1e-3, atol=1e-3)
+    assert table["explained"] == [str(int(c)) for c in classifier.classes[logits.argmax(dim=1)]]
+    assert table["label"] == [str(int(c)) for c in subject.source.labels]  # type: ignore[union-attr]
+    assert found.metric("residual_max").value < 1e-5  # type: ignore[operator]
+    assert found.metric("residual_max").value == max(table["residual"])
+    json.dumps(found.to_json(), allow_nan=False)
+    layers = found.table("layers").columns
+    assert sum(layers["share"]) == pytest.approx(1)
+    assert layers["part"][0] == "input"
+    assert layers["share"][0] == pytest.approx(found.metric("input_share").value)
+    for value, at_input, biases, size, residual in zip(
+        *(table[k] for k in ("value", "input_term", "bias_terms", "sum_of_sizes", "residual")), strict=True
+    ):
+        assert abs(value - at_input - biases) == pytest.approx(residual * size, abs=1e-9)
+
+
+def test_target_label_explains_the_true_class(make_subject: Callable[..., Subject]) -> None:
+    found = probe(make_subject(), Options(target="label"))
+    table = found.table("images").columns
+    assert table["explained"] == table["label"]
+    few = probe(make_subject(), Options()).table("images").columns
+    assert few["explained"] != few["label"]
+
+
+def test_the_picture_holds_each_image_above_its_map(make_subject: Callable[..., Subject]) -> None:
+    subject = make_subject()
+    found = probe(subject, Options(show=10, side=16))
+    picture = Image.open(io.BytesIO(found.files["maps.png"])).convert("RGB")
+    assert picture.size == (160, 32)
+    labels = subject.source.labels
+    firsts = [int((labels == c).nonzero()[0, 0]) for c in range(10)]  # type: ignore[union-attr]
+    for column, i in enumerate(firsts):
+        expected = subject.images(torch.tensor([i]))[0, 0].mul(255).round()
+        tile = torch.tensor([[picture.getpixel((column * 16 + 2 * x, 2 * y))[0] for x in range(8)] for y in range(8)])
+        assert torch.equal(tile.float(), expected)
+
+
+def test_batches_do_not_change_the_maps(make_subject: Callable[..., Subject]) -> None:
+    one, other = (probe(make_subject(batch_size=b), Options()) for b in (7, 60))
+    a, b = one.table("images").columns, other.table("images").columns
+    torch.testing.assert_close(torch.tensor(a["bias_terms"]), torch.tensor(b["bias_terms"]), rtol=1e-3, atol=1e-3)
+    assert one.table("layers").columns["part"] == other.table("layers").columns["part"]
+
+
+def test_probe_is_deterministic(make_subject: Callable[..., Subject]) -> None:
+    assert probe(make_subject(), Options()) == probe(make_subject(), Options())
+
+
+def test_without_labels_the_length_of_h_is_explained(make_subject: Callable[..., Subject]) -> None:
+    source = make_subject().source
+    bare = Resident(source.name, source.split, source.images(torch.arange(60)), None)
+    subject = make_subject(source=bare, train=None)
+    found = probe(subject, Options(show=3))
+    length = subject.features(torch.arange(60)).norm(dim=1)
+    torch.testing.assert_close(torch.tensor(found.table("images").columns["value"]), length, rtol=1e-4, atol=1e-5)
+    assert found.metric("residual_max").value < 1e-5  # type: ignore[operator]
+    assert "length of h" in found.headline
+
+
+def test_length_is_homogeneous_even_at_zero() -> None:
+    h = torch.zeros(2, 3)
+    h[1] = torch.tensor([3.0, 4.0, 0.0])
+    assert Length()(h).tolist() == [[pytest.approx(0, abs=1e-18)], [5.0]]
+    images = torch.zeros(2, 3, 1, 1)
+    images[1, :, 0, 0] = h[1]
+    found = fullgrad(nn.Sequential(nn.Flatten(), Length()), images)
+    assert torch.isfinite(found.saliency).all()
+    assert found.input_term.tolist() == pytest.approx([0.0, 5.0])
+
+
+def test_a_function_that_hides_a_constant_is_reported(make_subject: Callable[..., Subject]) -> None:
+    class Hiding(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return x + 1.0
+
+        @staticmethod
+        def backward(ctx: object, gradient: Tensor) -> Tensor:
+            return gradient
+
+    subject = make_subject()
+    plain = subject.encoder.pool
+    subject.encoder.pool = lambda fibres: Hiding.apply(plain(fibres))
+    found = probe(subject, Options())
+    assert found.metric("residual_max").value > 1e-2  # type: ignore[operator]
+    assert any("leave out" in note for note in found.notes)
+
+
+def test_what_cannot_be_explained_is_refused(make_subject: Callable[..., Subject]) -> None:
+    with pytest.raises(GeomsslError, match="no training split"):
+        probe(make_subject(train=None), Options())
+    subject = make_subject(known=200)
+    subject.train.labels = subject.train.labels.clamp(max=4)  # type: ignore[union-attr]
+    with pytest.raises(GeomsslError, match="classes that the training split does not have"):
+        probe(subject, Options(target="label"))
+    subject = make_subject()
+    subject.encoder.body[1].weight.fill_(float("nan"))
+    with pytest.raises(GeomsslError, match="NaN"):
+        probe(subject, Options())
+
+
+def test_many_images_are_capped_and_said(make_subject: Callable[..., Subject]) -> None:
+    found = probe(make_subject(n=300, known=60), Options())
+    assert len(found.table("images")) == 256
+    assert any("256 images, drawn from 300" in note for note in found.notes)
+    assert len(probe(make_subject(n=300, known=60), Options(n=280)).table("images")) == 280
