@@ -234,8 +234,12 @@ def _chosen(options: Options, encoder: Any, transform: Transform, features: Tens
     if isinstance(transform, Photometric):
         return "trivial", f"{transform.name} moves no pixels, so features are held to stay as they are (the trivial action)."
     if maps and features.shape[-1] * features.shape[-2] > 1:
-        return "spatial", f"The encoder declares no action of {transform.name}, so its maps are held to move as images do (the spatial action)."
-    return "trivial", "These features have no place and no orientation, so they are held to stay as they are (the trivial action)."
+        return "spatial", (
+            f"The encoder declares no action of {transform.name}, so its maps are held to move as images (the spatial action)."
+        )
+    return "trivial", (
+        "These features have no place and no orientation, so they are held to stay as they are (the trivial action)."
+    )
 
 
 def _table(found: EquivarianceError, names: list[str]) -> Table:

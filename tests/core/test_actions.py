@@ -126,7 +126,9 @@ class TestExactness:
             assert self.exact(declared, CyclicRotations(8), c8, (4, 4), (8, 8)) == [True, False] * 4
         assert self.exact("trivial", CyclicRotations(8), c8, (1, 1), (8, 8)) == [True, False] * 4
         assert self.exact("spatial", CyclicRotations(4), [[1], [2]], (4, 5), (8, 10)) == [False, True]
-        assert self.exact("regular", CyclicRotations(4), [[1], [2]], (4, 5), (9, 9)) == [False, True]
+        for declared in ("regular", "spatial"):
+            assert self.exact(declared, CyclicRotations(4), [[1], [2]], (4, 5), (9, 9)) == [False, True]
+            assert self.exact(declared, CyclicRotations(4), [[1], [2]], (4, 4), (8, 9)) == [False, True]
 
     def test_wrapped_shifts_by_multiples_of_the_stride(self):
         shifts = [[0, 0], [4, -8], [2, 0], [0, 1], [0.5, 0]]

@@ -139,6 +139,14 @@ def test_the_tangent_of_a_pass_is_the_pass_of_the_tangent():
     assert torch.allclose(out, conv(t) - conv(torch.zeros_like(t)), atol=1e-12)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_it_compiles_as_one_graph(training):
+    conv = make(CyclicRotations(4), False, padding=1).train(training)
+    x = noise(conv, 5)
+    with torch.no_grad():
+        assert torch.equal(torch.compile(conv, backend="eager", fullgraph=True)(x), conv(x))
+
+
 class TestKeptFilters:
     @pytest.fixture
     def conv(self):
