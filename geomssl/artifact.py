@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -235,7 +235,7 @@ def _walk(folder: Path) -> Iterator[Path]:
                     yield found
 
 
-_PARSE = {"int": int, "float": float, "str": str, "bool": lambda text: text == "True"}
+_PARSE: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "bool": lambda text: text == "True"}
 
 
 def _types(table: Table) -> dict[str, str]:

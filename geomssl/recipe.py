@@ -47,7 +47,7 @@ class Recipe(Settings):
         return self.model_dump(mode="json")
 
 
-def build(layers: list[Mapping[str, Any]], where: str = "recipe") -> Recipe:
+def build(layers: Sequence[Mapping[str, Any]], where: str = "recipe") -> Recipe:
     """The recipe that the layers describe, later ones winning. Raises GeomsslError for an unknown name, key or type."""
     merged: dict[str, Any] = dict(DEFAULTS)
     for layer in layers:

@@ -36,6 +36,8 @@ class CIPER(Objective):
         projector: tuple[int, ...] = Field((256, 256), min_length=1, description="widths of the projector")
         predictor: int = Field(512, ge=1, description="hidden width of the predictor")
 
+    acting: Tensor
+
     def __init__(self, config: Config, encoder: Encoder, classes: int, channels: int) -> None:
         super().__init__()
         self.config = config

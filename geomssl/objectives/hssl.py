@@ -15,6 +15,7 @@ from geomssl.heads import mlp
 from geomssl.losses import Denominator, info_nce
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec
 from geomssl.transforms import policy
+from geomssl.transforms.base import Transform
 
 AUGMENTATION = {"rotation": "rotations", "translation": "translations20", "scale": "scales"}
 
@@ -47,7 +48,7 @@ class HSSL(Objective):
             self.views, self.draws = (ViewSpec("1", drawn), ViewSpec("2", drawn)), 1
 
     @property
-    def policy(self):  # type: ignore[no-untyped-def, override]
+    def policy(self) -> Transform:
         """The augmentation that corresponds to the group, also where training drew none."""
         return policy(AUGMENTATION[self.config.group])
 

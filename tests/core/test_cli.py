@@ -139,8 +139,8 @@ def test_train_probe_report_gate(capsys, tmp_path, run):
 def test_step_summary(capsys, tmp_path, run, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     rules = tmp_path / "gate.toml"
-    rules.write_text('[[rule]]\nname = "turns"\nprobe = "equivariance"\nlimit = 9.0\n[rule.options]\ntransform = "c4"\nn = 64\n')
-    assert main(["gate", "--checkpoint", str(run), "--rules", str(rules), "--quiet"]) == 0
+    rules.write_text('[[rule]]\nname = "turns"\nprobe = "equivariance"\nlimit = 0.01\n[rule.options]\ntransform = "c4"\nn = 64\n')
+    assert main(["gate", "--checkpoint", str(run), "--rules", str(rules), "--quiet"]) == 1
     assert "turns" in (tmp_path / "summary.md").read_text()
 
 
