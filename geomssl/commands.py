@@ -94,7 +94,7 @@ def probe_command(name: str) -> click.Command:
 
     def run(**values: Any) -> None:
         with shown(not values["quiet"]):
-            files.writable(Path(values["out"] or ".") / "artifact")
+            files.check(Path(values["out"] or ".") / "artifact")
             subject, folder = _subject(values)
             found, where = measure(name, subject, given(module.Options, values), values["out"] or folder)
         click.echo(json.dumps(found.to_json(), indent=1) if values["json"] else describe(found, where))
@@ -147,7 +147,7 @@ def _probe_all(**values: Any) -> None:
     if values["which"] != "all":
         raise GeomsslError(f"geomssl probe {values['which']}", "all, or a probe's own command", reason="unknown-name")
     with shown(not values["quiet"]):
-        files.writable(Path(values["out"] or ".") / "artifact")
+        files.check(Path(values["out"] or ".") / "artifact")
         subject, folder = _subject(values)
         common = {key: values[key] for key in ("n", "seed") if values[key] is not None}
         measure_all(subject, values["out"] or folder, click.echo, dict.fromkeys(names("probe"), common))

@@ -47,7 +47,7 @@ def command(out: str, seed: int, quiet: bool) -> int:
 
     started = time.monotonic()
     folder = Path(out)
-    files.writable(folder / "report.html")
+    files.check(folder / "report.html")
     here = device.device("cpu")
     rules = gate.read_rules(str(resources("geomssl.recipes") / f"{RULES}.toml"))
     artifacts = []

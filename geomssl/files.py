@@ -10,16 +10,24 @@ from typing import BinaryIO
 from geomssl.errors import GeomsslError
 
 
-def writable(path: Path) -> Path:
-    """The path, once its folder exists; a GeomsslError where a file stands in the way or nothing may be written."""
+def check(path: Path | str) -> Path:
+    """The path, if it could be written, found out without writing; a GeomsslError where a file stands in the way."""
     path = Path(path)
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if nearest != path and not nearest.is_dir():
+        raise GeomsslError(
+            f"cannot write {path}: {nearest} is a file", "a path whose parents are folders", reason="unwritable"
+        )
+    if not os.access(nearest, os.W_OK):
+        raise GeomsslError(f"cannot write {path}: no permission in {nearest}", "a writable path", reason="unwritable")
+    return path
+
+
+def writable(path: Path | str) -> Path:
+    """The path, once its folder exists."""
+    path = check(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        blocking = next(p for p in path.parents if p.is_file())
-        raise GeomsslError(
-            f"cannot write {path}: {blocking} is a file", "a path whose parents are folders", reason="unwritable"
-        ) from None
     except OSError as error:
         raise GeomsslError(f"cannot write {path}: {error.strerror}", "a writable path", reason="unwritable") from None
     return path
@@ -27,7 +35,7 @@ def writable(path: Path) -> Path:
 
 def write(path: Path | str, write_to: Callable[[BinaryIO], object] | bytes | str) -> Path:
     """Replace `path` by bytes, text, or what the callable writes into an open binary file; all of it or nothing."""
-    path = writable(Path(path))
+    path = writable(path)
     sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(sibling, "wb") as file:

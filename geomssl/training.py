@@ -92,9 +92,8 @@ def start(recipe: Recipe, out: Path | str, device: torch.device, overwrite: bool
         raise GeomsslError(f"--out {out}", "a file name ending in .pt", f"{out.name}.pt", reason="bad-value")
     if out.exists() and not overwrite:
         raise GeomsslError(f"{out} exists", "another --out, --resume to continue it, or --overwrite", reason="exists")
-    trainer = Trainer(recipe, out, device)
-    files.writable(checkpoint.folder(out) / "metrics.jsonl")
-    return trainer
+    files.check(checkpoint.folder(out) / "metrics.jsonl")
+    return Trainer(recipe, out, device)
 
 
 def resume(path: Path | str, device: torch.device, layers: Sequence[Mapping[str, Any]] = ()) -> Trainer:
