@@ -25,7 +25,7 @@ def is_affine(projector: nn.Module, h: Tensor) -> bool:
     a, b = h, h.roll(1, dims=0)
     terms = [projector(a + b), -projector(a), -projector(b), projector(torch.zeros_like(a))]
     size = sum(float(t.square().sum()) for t in terms)
-    return float(sum(terms).square().sum()) <= 1e-18 * size  # type: ignore[union-attr]
+    return float(sum(terms).square().sum()) <= 1e-18 * size
 
 
 def jacobians(projector: nn.Module, h: Tensor) -> Tensor:

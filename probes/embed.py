@@ -51,7 +51,7 @@ def _pacmap() -> Iterator[Any]:
     with warnings.catch_warnings():
         # faiss's wrapper warns about itself when it is first imported
         warnings.simplefilter("ignore", DeprecationWarning)
-        engine = importlib.import_module("pacmap.pacmap")
+        engine: Any = importlib.import_module("pacmap.pacmap")
         faiss, numba = importlib.import_module("faiss"), importlib.import_module("numba")
     seed, level = engine._RANDOM_STATE, engine.logger.level
     threads = numba.get_num_threads(), faiss.omp_get_max_threads(), torch.get_num_threads()

@@ -139,25 +139,30 @@ class _Recorder(TorchFunctionMode):
     def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         # before the call, since it may overwrite its input
         self.paused = True
-        self.waiting.append(iter(_implicit_biases(module.forward, args, kwargs, name or type(module).__name__)))
+        self.waiting.append(iter(_implicit_biases(module.forward, args, kwargs, name or type(module).__name__)[0]))
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         biases = self.waiting.pop()
-        given = [v for v in _leaves((args, kwargs)) if _flows(v)]
-        found = _mapped(output, lambda v: self._opened(v, next(biases), name or type(module).__name__, given))
+        found = _mapped(output, lambda v: self._opened(v, next(biases), name or type(module).__name__))
         self.paused = bool(self.waiting)
         return found
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        given = [] if self.paused or not torch.is_grad_enabled() else [v for v in _leaves((args, kwargs)) if _flows(v)]
-        if not given or func.__name__ in ("__get__", "__set__"):
+        flows = not self.paused and torch.is_grad_enabled() and any(_flows(v) for v in _leaves((args, kwargs)))
+        if not flows or func.__name__ in ("__get__", "__set__"):
             return func(*args, **kwargs)
         name = f"{self.inside[-1]} {func.__name__.strip('_')}".strip()
-        biases = iter(_implicit_biases(func, args, kwargs, name))
-        return _mapped(func(*args, **kwargs), lambda v: self._opened(v, next(biases), name, given))
+        biases, written = _implicit_biases(func, args, kwargs, name)
+        if written is None:
+            left = iter(biases)
+            return _mapped(func(*args, **kwargs), lambda v: self._opened(v, next(left), name))
+        # the result belongs into the tensor that was written to; adding to it there would spoil what func keeps of it
+        target = list(_leaves((args, kwargs)))[written]
+        output = func(*_mapped(args, _copied), **_mapped(kwargs, _copied))
+        return target.copy_(self._opened(output, biases[0], name))
 
-    def _opened(self, value: Any, bias: Tensor | None, name: str, given: list[Tensor]) -> Any:
+    def _opened(self, value: Any, bias: Tensor | None, name: str) -> Any:
         """The output with zeros added to it, where it has an implicit bias, one image a row."""
         # parts that do not lie image by image cannot be told apart, and stay in the residual
         if bias is None or not isinstance(value, Tensor) or len(bias.shape) == 0 or len(bias) != self.n:
@@ -169,19 +174,22 @@ class _Recorder(TorchFunctionMode):
         called = name if self.counts[name] == 1 else f"{name} ({self.counts[name]})"
         added = torch.zeros_like(bias).requires_grad_(True)
         self.calls.append(_Call(called, bias, added))
-        # what was written in place is read again under its own name, not under that of the result
-        return value.add_(added) if any(value is v for v in given) else value + added
+        return value + added
 
 
-def _implicit_biases(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> list[Tensor | None]:
-    """b = func(x) - J(x) x for every leaf of the output, None for one that is no floating tensor.
+def _implicit_biases(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], name: str
+) -> tuple[list[Tensor | None], int | None]:
+    """b = func(x) - J(x) x for every leaf of the output, None for one that is no floating tensor; and which input it wrote to.
 
     Dual numbers, and not torch.func: what a model keeps for its next call would keep torch.func's wrappers.
     """
     try:
         with torch.no_grad(), forward_ad.dual_level():
-            output = func(*_mapped(args, _dual), **_mapped(kwargs, _dual))
-            return [_remainder(v) for v in _leaves(output)]
+            given = _mapped((args, kwargs), _dual)
+            output = func(*given[0], **given[1])
+            written = next((i for i, v in enumerate(_leaves(given)) if v is output and _changed(args, kwargs, i, v)), None)
+            return [_remainder(v) for v in _leaves(output)], written
     except NotImplementedError:
         raise GeomsslError(f"{name}, which has no forward derivative", "operations that torch can push forward",
                            reason="no-derivative") from None
@@ -192,6 +200,16 @@ def _remainder(value: Any) -> Tensor | None:
         return None
     primal, tangent = forward_ad.unpack_dual(value)
     return primal.clone() if tangent is None else primal - tangent
+
+
+def _changed(args: tuple[Any, ...], kwargs: dict[str, Any], i: int, value: Any) -> bool:
+    """Is the i-th input, which came back as the output, another than it was? `contiguous` gives its input back as it is."""
+    before = list(_leaves((args, kwargs)))[i]
+    return isinstance(value, Tensor) and not torch.equal(before, forward_ad.unpack_dual(value).primal)
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if _flows(value) else value
 
 
 def _dual(value: Any) -> Any:

@@ -181,14 +181,15 @@ def scaled(values: Tensor) -> Tensor:
     return torch.stack([((v - v.min()) / (v.max() - v.min())).sum(dim=0) for v in values.abs()])
 
 
-def test_the_map_is_built_as_stated() -> None:
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.Identity()])
+def test_the_map_is_built_as_stated(act: nn.Module) -> None:
     """A convolution with stride 2: the input's map at full size, the bias's enlarged from 4x4, by hand."""
-    model = shaken(nn.Sequential(nn.Conv2d(2, 3, 2, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2, bias=False)))
+    model = shaken(nn.Sequential(nn.Conv2d(2, 3, 2, stride=2), act, nn.Flatten(), nn.Linear(48, 2, bias=False)))
     x = images()
     conv, weight = model[0], model[3].weight[0].view(3, 4, 4)  # type: ignore[index]
     with torch.no_grad():
         y = conv(x)
-        gradient = weight * (y > 0)
+        gradient = weight * ((y > 0) | isinstance(act, nn.Identity))
         at_input = F.conv_transpose2d(gradient, conv.weight, stride=2) * x
         at_bias = gradient * conv.bias[:, None, None]
     small = scaled(at_bias)
@@ -315,17 +316,41 @@ def test_a_model_that_reads_a_layer_by_a_hook_of_its_own_is_complete() -> None:
             super().__init__()
             self.body = nn.Sequential(nn.Conv2d(2, 3, 8), nn.Flatten())
             self.seen: Tensor | None = None
-            self.body[1].register_forward_hook(lambda m, i, o: setattr(self, "seen", o))
+            self.body[0].register_forward_hook(lambda m, i, o: setattr(self, "seen", o))
             self.last = nn.Linear(3, 3)
 
         def forward(self, x: Tensor) -> Tensor:
             self.body(x)
             assert self.seen is not None
-            return self.last(self.seen)
+            return self.last(self.seen.flatten(1))
 
     found = fullgrad(shaken(Read()), images(), torch.zeros(5, dtype=torch.long))
     assert found.residual.max() < EXACT
     assert found.layers == ("body.0", "last")
+
+
+def test_what_is_written_in_place_is_followed() -> None:
+    """Into the input, into a feature whose returned value nobody reads, and into what the input still needs."""
+
+    class Writing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(128, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x.sub_(0.3)
+            h = x.flatten(1) * 2
+            h.add_(-1.0)
+            F.elu(h, inplace=True)
+            h += x.flatten(1)
+            return self.last(h)
+
+    x = images()
+    before = x.clone()
+    found = fullgrad(shaken(Writing()), x, torch.zeros(5, dtype=torch.long))
+    assert found.residual.max() < EXACT
+    assert found.layers == ("sub", "add", "elu", "last")
+    assert torch.equal(x, before)
 
 
 def test_a_repeated_module_has_a_name_for_every_call() -> None:

@@ -169,6 +169,17 @@ def test_pixel_accuracy_is_that_of_the_functions_on_the_test_split(make_subject:
     assert probe(subject, Options()).metric("linear_pixels").value == pytest.approx(float(expected))
 
 
+def test_the_random_row_is_that_of_the_untrained_encoder(make_subject: Callable[..., Subject]) -> None:
+    subject = make_subject()
+    twin = subject.random_twin()
+    assert twin is not None
+    fitted = fit(twin.features(torch.arange(200), "h", "train"), subject.train.labels)  # type: ignore[union-attr, arg-type]
+    expected = (fitted.predict(twin.features(torch.arange(60))) == subject.source.labels).double().mean()
+    found = probe(make_subject(), Options())
+    assert found.metric("linear_random").value == pytest.approx(float(expected))
+    assert found.metric("linear_random").value != found.metric("linear").value
+
+
 def test_test_labels_do_not_reach_the_classifier(make_subject: Callable[..., Subject]) -> None:
     """Permuted test labels bring the accuracy to chance: nothing was fitted to them."""
     subject = make_subject()
