@@ -21,7 +21,8 @@ lint: $(VENV)/.ready
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("geomssl needs Python 3.11 or newer; %s is %d.%d: set PYTHON=python3.11" % (sys.executable, v[0], v[1]))'
-	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
+	@echo "setting up $(VENV): downloads PyTorch and what it needs, some minutes the first time"
+	@$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet $(VENV); }
 	$(PIP) --editable '.[test,dev]'
 	@touch $@
 
