@@ -83,10 +83,13 @@ def test_follows_a_dark_system_and_the_readers_choice(opened):
     assert background(light) != background(dark)
     axis = "getComputedStyle(document.querySelector('figure svg text')).fill"
     assert light.evaluate(axis) != dark.evaluate(axis)
+    status = "getComputedStyle(document.querySelector('.tag.fail')).color"
+    assert light.evaluate(status) != dark.evaluate(status)
     before = background(light)
     light.locator("#theme").click()
     assert background(light) == background(dark)
     assert light.evaluate(axis) == dark.evaluate(axis)
+    assert light.evaluate(status) == dark.evaluate(status)
     light.locator("#theme").click()
     assert background(light) == before
     dark.locator("#theme").click()

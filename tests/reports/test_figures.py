@@ -108,6 +108,16 @@ def test_bars_are_as_long_as_their_values():
     assert second / first == pytest.approx(3, rel=1e-3)
 
 
+def test_whiskers_reach_from_low_to_high():
+    svg = figures.draw(BAR, BARS)
+    unit = heights(svg)[0]
+    lines = [
+        [float(v) for v in re.findall(r"[ML] \S+ (\S+)", p.get("d"))] for p in ET.fromstring(svg).iter(f"{SVG}path")
+        if "stroke: var(--ink); stroke-width: 1.2" in (p.get("style") or "")
+    ]
+    assert [(max(y) - min(y)) / unit for y in lines] == pytest.approx([1.5, 2.0], rel=1e-2)
+
+
 def test_bars_start_at_zero_even_where_panels_share_axes():
     assert figures.shared([(BAR, BARS)]).y[0] == 0
     a, b = (figures.draw(BAR, t, limits=figures.shared([(BAR, BARS), (BAR, HALF)])) for t in (BARS, HALF))
@@ -139,7 +149,7 @@ def test_powers_of_ten_are_written_out():
 
 
 NASTY = [
-    '<script>alert("1")</script>', "_hidden", "$x^2", "a & b", 'id="x" href="#y"', "#ffffff", "日本\x00語", "w" * 300, "", None,
+    '<script>alert("1")</script>', "_hidden", "$x^2$", "a & b", 'id="x" href="#y"', "#ffffff", "日本\x00語", "w" * 300, "", None,
 ]
 
 
@@ -153,7 +163,7 @@ def test_labels_are_shown_and_never_read(kind):
         svg = figures.draw(figure, table)
     said = " ".join(texts(svg))
     assert "<script" not in svg
-    for part in ('<script>alert("1")</scr', "_hidden", "$x^2", "a & b", 'id="x" href="#y"', "#ffffff", "日本 語", "none"):
+    for part in ('<script>alert("1")</scr', "_hidden", "$x^2$", "a & b", 'id="x" href="#y"', "#ffffff", "日本 語", "none"):
         assert part in said or part[:13] in said
     assert "w" * 40 not in said
 

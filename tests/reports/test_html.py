@@ -95,6 +95,13 @@ def test_every_id_is_used_once_and_every_link_leads_somewhere(page):
     assert targets | named <= set(ids)
 
 
+def test_names_that_are_spelled_alike_have_anchors_of_their_own():
+    alike = Rules(rule=tuple(Rule(name=n, probe="equivariance", limit=0.01) for n in ("a b", "a-b", "A  B!")))
+    artifacts = [equivariance("x"), equivariance("X", transform="c8")]
+    ids = [e["id"] for e in Page(render(artifacts, evaluate(artifacts, alike))).elements if "id" in e]
+    assert len(ids) == len(set(ids))
+
+
 def test_verdicts_come_first_and_failures_first_of_all(page):
     kinds = [e["class"].split()[1] for e in page.all("article")]
     assert kinds == ["fail", "fail", "inconclusive", "pass", "pass", "pass"]
@@ -193,6 +200,8 @@ def test_names_are_text_everywhere(runs):
 def test_long_tables_are_cut_and_say_so(page):
     plate = next(f for f in page.all("figure") if f["id"].startswith("embed"))
     assert len(page.all("tr", page.all("details", plate, class_="table")[0])) == 1 + 3 * 66
+    shown = [r["text"] for r in page.all("tr", page.all("details", plate, class_="table")[0])]
+    assert [sum(run in text for text in shown) for run in RUNS] == [66] * 3
     assert "The first 66 rows of each run, of 1080 in all; the rest is in map.csv" in plate["text"]
 
 
