@@ -390,7 +390,7 @@ def _interval(row: dict[str, Any]) -> Interval | None:
     low, high = _number(row["low"]), _number(row["high"])
     if math.isnan(low) or math.isnan(high):
         return None
-    return Interval(low, high, "pointwise 95 % interval of this element")
+    return Interval(low, high, "pointwise interval of this element")
 
 
 def _total(row: dict[str, Any]) -> str:

@@ -149,7 +149,8 @@ def test_powers_of_ten_are_written_out():
 
 
 NASTY = [
-    '<script>alert("1")</script>', "_hidden", "$x^2$", "a & b", 'id="x" href="#y"', "#ffffff", "日本\x00語", "w" * 300, "", None,
+    '<script>alert("1")</script>', "_hidden", "$x^2$", "a & b", 'id="x" href="#y"', "#ffffff", "日本\x00語", "w" * 300, "",
+    None,
 ]
 
 
