@@ -353,6 +353,22 @@ def test_what_is_written_in_place_is_followed() -> None:
     assert torch.equal(x, before)
 
 
+def test_what_comes_back_unwritten_is_left_alone() -> None:
+    """`contiguous` gives back its own input, which relu still needs as it is."""
+
+    class Same(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(128, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last((x - 0.3).flatten(1).relu().contiguous())
+
+    found = fullgrad(shaken(Same()), images(), torch.zeros(5, dtype=torch.long))
+    assert found.residual.max() < EXACT
+    assert found.layers == ("sub", "last")
+
+
 def test_a_repeated_module_has_a_name_for_every_call() -> None:
     found = fullgrad(shaken(Reused()), images(), torch.zeros(5, dtype=torch.long))
     assert found.layers == ("stem", "norm", "body", "norm (2)", "body (2)", "norm (3)", "head")
