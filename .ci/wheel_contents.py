@@ -4,7 +4,12 @@ import subprocess
 import sys
 import zipfile
 
-FOLDERS = {"geomssl/": "geomssl/", "probes/": "geomssl/probes/", "reports/": "geomssl/reports/", "examples/": "geomssl/recipes/"}
+FOLDERS = {
+    "geomssl/": "geomssl/",
+    "probes/": "geomssl/probes/",
+    "reports/": "geomssl/reports/",
+    "examples/": "geomssl/recipes/",
+}
 
 tracked = subprocess.run(["git", "ls-files", *FOLDERS], check=True, capture_output=True, text=True).stdout.split()
 wanted = set()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import torch
-from geomssl.probes import checks
 from torch import Tensor, nn
+
+from geomssl.probes import checks
 
 
 def column_space(weight: Tensor, cutoff: float | None = None) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from geomssl.probes.assurance import bootstrap_ratio
 from torch import Tensor, nn
 
 from geomssl.errors import GeomsslError
+from geomssl.probes.assurance import bootstrap_ratio
 from geomssl.progress import track
 from geomssl.transforms.actions import Action
 from geomssl.transforms.base import Size, Transform

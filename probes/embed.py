@@ -11,13 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from geomssl.probes import checks, pictures, subject
 from numpy.typing import NDArray
 from pydantic import Field
 from torch import Tensor
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
+from geomssl.probes import checks, pictures, subject
 from geomssl.progress import track
 from geomssl.seeding import seeded
 

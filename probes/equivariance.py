@@ -7,10 +7,6 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from geomssl.probes import subject
-from geomssl.probes.assurance import METHOD
-from geomssl.probes.defect import CHANCE, Bounds, EquivarianceError, Task, evaluating, measure
-from geomssl.probes.elements import doing, elements, label, labels
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -18,6 +14,10 @@ from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.encoders.base import Encoder
 from geomssl.encoders.geometry import Geometry, geometry
 from geomssl.errors import GeomsslError
+from geomssl.probes import subject
+from geomssl.probes.assurance import METHOD
+from geomssl.probes.defect import CHANCE, Bounds, EquivarianceError, Task, evaluating, measure
+from geomssl.probes.elements import doing, elements, label, labels
 from geomssl.seeding import generator
 from geomssl.transforms import named
 from geomssl.transforms.actions import Action, ActionFunction, action

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from geomssl.probes import checks, subject
-from geomssl.probes.assurance import bootstrap_mean
 from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
+from geomssl.probes import checks, subject
+from geomssl.probes.assurance import bootstrap_mean
 from geomssl.progress import track
 from geomssl.seeding import generator
 
@@ -85,12 +85,14 @@ def fit(
 def _fit_one(exact: Tensor, labels: Tensor, strength: float, held_out: float = math.nan) -> Classifier:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
+    from threadpoolctl import threadpool_limits
 
     mean, std = exact.mean(dim=0), exact.std(dim=0, correction=0)
     # a spread at the level of float32 rounding is no feature; dividing by it would make it one
     scale = torch.where(std > 1e-6 * mean.abs(), 1 / std.clamp_min(1e-300), 0.0)
     model = LogisticRegression(C=1 / (strength * len(exact)), max_iter=2000, tol=1e-6)
-    with warnings.catch_warnings(record=True) as said:
+    # many small products: two BLAS threads that wait for each other took fifteen times as long as one
+    with threadpool_limits(1, user_api="blas"), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(((exact - mean) * scale).numpy(), labels.numpy())
     weight, bias = torch.from_numpy(model.coef_), torch.from_numpy(model.intercept_)

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from geomssl.probes.subject import Subject
 from torch import Tensor, nn
 
 import geomssl
@@ -18,6 +17,7 @@ from geomssl.data.base import Source, Split
 from geomssl.encoders import wrap
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError, unknown
+from geomssl.probes.subject import Subject
 from geomssl.recipe import build, refuse_strangers
 from geomssl.registry import load_attribute
 from geomssl.seeding import seeded

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Literal
 
 import torch
-from geomssl.probes import checks, subject
 from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError, unknown
+from geomssl.probes import checks, subject
 from geomssl.seeding import generator
 
 THRESHOLDS = tuple(10.0 ** (k / 6) for k in range(-36, 13))

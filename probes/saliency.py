@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from geomssl.probes import checks, pictures, subject
-from geomssl.probes.assurance import bootstrap_mean
-from geomssl.probes.fullgrad import FullGradient, fullgrad
-from geomssl.probes.linear import check_frozen, fit, train_sample
 from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
+from geomssl.probes import checks, pictures, subject
+from geomssl.probes.assurance import bootstrap_mean
+from geomssl.probes.fullgrad import FullGradient, fullgrad
+from geomssl.probes.linear import check_frozen, fit, train_sample
 
 __all__ = ["FullGradient", "Options", "fullgrad", "probe"]
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from geomssl.probes import affine, checks, subject
-from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio
 from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
+from geomssl.probes import affine, checks, subject
+from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio
 from geomssl.progress import track
 from geomssl.seeding import generator
 from geomssl.transforms.base import Transform

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from geomssl.reports.numbers import number
-
 from geomssl import figures
 from geomssl.artifact import Artifact, Figure, Metric, Table
+from geomssl.reports.numbers import number
 
 # The order in which a reader asks; other probes follow in order of appearance.
 ORDER = ("equivariance", "linear", "rank", "tangent", "embed", "saliency")

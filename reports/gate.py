@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from geomssl.reports.numbers import bounds, number
 from pydantic import Field, model_validator
 
 from geomssl.artifact import Artifact, Interval, Metric, Table
 from geomssl.config import Settings, parse, read_toml
 from geomssl.errors import GeomsslError, nearest
+from geomssl.reports.numbers import bounds, number
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 Reason = Literal[

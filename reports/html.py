@@ -12,13 +12,12 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from typing import Any
 
-from geomssl.reports import compare
-from geomssl.reports.gate import Verdict
-from geomssl.reports.numbers import bounds, number
-
 from geomssl import figures
 from geomssl.artifact import Artifact, Table
 from geomssl.errors import GeomsslError
+from geomssl.reports import compare
+from geomssl.reports.gate import Verdict
+from geomssl.reports.numbers import bounds, number
 
 LIMIT = 2_000_000
 ROWS = 200

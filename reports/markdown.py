@@ -7,11 +7,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from geomssl.reports.gate import Verdict
-from geomssl.reports.numbers import figure
-
 from geomssl.artifact import Artifact
 from geomssl.errors import GeomsslError
+from geomssl.reports.gate import Verdict
+from geomssl.reports.numbers import figure
 
 # GitHub refuses a step's summary above 1 MiB; what goes before ours in the same step counts too.
 LIMIT = 2**20

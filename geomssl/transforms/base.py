@@ -16,7 +16,7 @@ Size = tuple[int, int]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One column of a parameter tensor. kind "binary" is 0 or 1, "index" is a whole element index, "periodic" wraps at `high`."""
+    """One column of a parameter tensor. kind "binary" is 0 or 1, "index" an element's index, "periodic" wraps at `high`."""
 
     name: str
     unit: str

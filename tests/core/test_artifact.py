@@ -13,7 +13,8 @@ from geomssl.errors import GeomsslError
 
 
 def example(**changes):
-    table = Table("curve", "A curve", {"x": [1, 2, 3], "y": [0.5, None, 2.5], "who": ["a", "b,\n\"c\"", "d"], "ok": [True, False, None]})
+    columns = {"x": [1, 2, 3], "y": [0.5, None, 2.5], "who": ["a", 'b,\n"c"', "d"], "ok": [True, False, None]}
+    table = Table("curve", "A curve", columns)
     made = {
         "probe": "rank", "title": "Rank", "headline": "It is 3.", "definition": "r = 3", "options": {"tau": 0.1},
         "metrics": [Metric("rank", 3.0, n=5, interval=Interval(2.0, 4.0, "halves")), Metric("w", None, reason="no projector")],

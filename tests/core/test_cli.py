@@ -13,6 +13,7 @@ from geomssl import checkpoint
 from geomssl.cli import COMMANDS, main
 from geomssl.registry import names
 
+RULES = '[[rule]]\nname = "turns"\nprobe = "equivariance"\nlimit = 0.01\n[rule.options]\ntransform = "c4"\n'
 FAST = ["train", "--objective", "simclr", "--epochs", "1", "--batch-size", "512", "--quiet"]
 
 
@@ -33,7 +34,8 @@ def said(capsys):
 def test_help_imports_nothing_heavy():
     code = (
         "import sys; from geomssl.cli import main; main(['--help']); "
-        "heavy = {'torch', 'matplotlib', 'numpy', 'pandas', 'sklearn', 'scipy'} & set(sys.modules); sys.exit(repr(heavy) if heavy else 0)"
+        "heavy = {'torch', 'matplotlib', 'numpy', 'pandas', 'sklearn', 'scipy'} & set(sys.modules); "
+        "sys.exit(repr(heavy) if heavy else 0)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
@@ -126,7 +128,7 @@ def test_train_probe_report_gate(capsys, tmp_path, run):
     assert main(["rank", "--checkpoint", str(run), "--quiet", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["probe"] == "rank"
     rules = tmp_path / "gate.toml"
-    rules.write_text('[[rule]]\nname = "turns"\nprobe = "equivariance"\nlimit = 0.01\n[rule.options]\ntransform = "c4"\n')
+    rules.write_text(RULES)
     code = main(["gate", "--checkpoint", str(run), "--rules", str(rules), "--junit", str(tmp_path / "g.xml"), "--quiet"])
     assert code == 1
     assert "turns" in capsys.readouterr().out
@@ -139,7 +141,7 @@ def test_train_probe_report_gate(capsys, tmp_path, run):
 def test_step_summary(capsys, tmp_path, run, monkeypatch):
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))
     rules = tmp_path / "gate.toml"
-    rules.write_text('[[rule]]\nname = "turns"\nprobe = "equivariance"\nlimit = 0.01\n[rule.options]\ntransform = "c4"\nn = 64\n')
+    rules.write_text(RULES + "n = 64\n")
     assert main(["gate", "--checkpoint", str(run), "--rules", str(rules), "--quiet"]) == 1
     assert "turns" in (tmp_path / "summary.md").read_text()
 

@@ -31,6 +31,10 @@ def load(root, split="train", **options):
     return data.load(f"folder:{root}", split, **options)
 
 
+def whole_of(root):
+    return [load(root, split) for split in ("train", "val", "test")]
+
+
 def test_digits_are_scikit_learns():
     from sklearn.datasets import load_digits
 
@@ -54,7 +58,7 @@ def test_splits_are_disjoint_whole_and_seeded():
 
 
 def test_folder_reads_pixels_labels_and_classes(tree):
-    parts = [load(tree, split) for split in ("train", "val", "test")]
+    parts = whole_of(tree)
     assert [len(p) for p in parts] == [12, 4, 4]
     assert parts[0].classes == ("cat", "dog")
     assert parts[0].labels.bincount().tolist() == [6, 6]
@@ -101,16 +105,14 @@ def test_folder_resizes_and_converts_when_told(tmp_path):
 def test_bad_images_are_refused_by_name(tree, spoil, said):
     spoil(tree)
     with pytest.raises(GeomsslError, match=said):
-        for split in ("train", "val", "test"):
-            load(tree, split)
+        whole_of(tree)
 
 
 def test_truncated_image(tree):
     whole = (tree / "dog" / "3.png").read_bytes()
     (tree / "dog" / "3.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(GeomsslError, match="3.png"):
-        for split in ("train", "val", "test"):
-            load(tree, split)
+        whole_of(tree)
 
 
 def test_images_all_equal(tmp_path):

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from geomssl.probes.subject import Subject
 from torch import Tensor, nn
 
 from geomssl.data import load
 from geomssl.data.base import Resident, Source
 from geomssl.encoders.base import Encoder, Normalise
+from geomssl.probes.subject import Subject
 from geomssl.seeding import seeded
 from geomssl.transforms.base import Parameter, Transform
 

@@ -4,9 +4,9 @@ import math
 
 import pytest
 import torch
-from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio, resampled_sums
 
 from geomssl.errors import GeomsslError
+from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio, resampled_sums
 
 
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():

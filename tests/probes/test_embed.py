@@ -11,6 +11,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from geomssl.data.base import Resident
+from geomssl.errors import GeomsslError
 from geomssl.probes import pictures
 from geomssl.probes.embed import (
     Options,
@@ -22,11 +27,6 @@ from geomssl.probes.embed import (
     trustworthiness,
 )
 from geomssl.probes.subject import Subject
-from PIL import Image
-from torch import Tensor, nn
-
-from geomssl.data.base import Resident
-from geomssl.errors import GeomsslError
 
 
 def clusters(n: int = 90, d: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:

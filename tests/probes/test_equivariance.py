@@ -4,13 +4,13 @@ import math
 
 import pytest
 import torch
-from geomssl.probes.equivariance import assert_equivariant, elements, equivariance_error, label
 from torch import nn
 
 from geomssl import encoders
 from geomssl.encoders import GroupConv2d
 from geomssl.encoders.geometry import Geometry
 from geomssl.errors import GeomsslError
+from geomssl.probes.equivariance import assert_equivariant, elements, equivariance_error, label
 from geomssl.transforms import (
     Brightness,
     CyclicRotations,

@@ -5,9 +5,6 @@ import math
 
 import pytest
 import torch
-from geomssl.probes.equivariance import Options, equivariance_error, probe
-from geomssl.probes.subject import Subject
-from geomssl.reports.gate import Rules, evaluate
 from torch import nn
 
 from geomssl import artifact, encoders
@@ -15,6 +12,9 @@ from geomssl.config import parse
 from geomssl.data.base import Resident
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
+from geomssl.probes.equivariance import Options, equivariance_error, probe
+from geomssl.probes.subject import Subject
+from geomssl.reports.gate import Rules, evaluate
 from geomssl.transforms import CyclicRotations
 
 COLUMNS = ["element", "total", "low", "high", "low_any", "floor", "excess", "action_size", "exact", "degenerate"]

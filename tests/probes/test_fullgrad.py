@@ -8,11 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from geomssl.probes.saliency import fullgrad
 from torch import Tensor, nn
 
 from geomssl.encoders.base import Normalise
 from geomssl.errors import GeomsslError
+from geomssl.probes.saliency import fullgrad
 
 EXACT = 1e-12
 

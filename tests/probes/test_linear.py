@@ -9,12 +9,12 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from geomssl.probes.linear import Options, fit, nearest_neighbours, probe, wilson
-from geomssl.probes.subject import Subject
 from torch import Tensor
 
 from geomssl.data.base import Resident
 from geomssl.errors import GeomsslError
+from geomssl.probes.linear import Options, fit, nearest_neighbours, probe, wilson
+from geomssl.probes.subject import Subject
 
 
 def clouds(n: int, seed: int, classes: int = 3, d: int = 5, spread: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -9,11 +9,11 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from geomssl.probes.rank import Options, effective_rank, participation_ratio, probe, rank, singular_values, stable_rank
-from geomssl.probes.subject import Subject
 from torch import Tensor, nn
 
 from geomssl.errors import GeomsslError
+from geomssl.probes.rank import Options, effective_rank, participation_ratio, probe, rank, singular_values, stable_rank
+from geomssl.probes.subject import Subject
 
 
 def planted(spectrum: list[float], n: int = 40, d: int = 17, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -8,14 +8,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from geomssl.probes.linear import fit
-from geomssl.probes.saliency import Length, Options, fullgrad, probe
-from geomssl.probes.subject import Subject
 from PIL import Image
 from torch import Tensor, nn
 
 from geomssl.data.base import Resident
 from geomssl.errors import GeomsslError
+from geomssl.probes.linear import fit
+from geomssl.probes.saliency import Length, Options, fullgrad, probe
+from geomssl.probes.subject import Subject
 
 
 def test_probe_explains_the_classifier_of_the_linear_probe(make_subject: Callable[..., Subject]) -> None:

@@ -9,13 +9,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from geomssl.probes import affine
-from geomssl.probes.subject import Subject
-from geomssl.probes.tangent import Options, chance_and_ceiling, label_match, nearest_negatives, probe, unexplained_variance
 from torch import Tensor, nn
 
 from geomssl.data.base import Resident
 from geomssl.errors import GeomsslError
+from geomssl.probes import affine
+from geomssl.probes.subject import Subject
+from geomssl.probes.tangent import Options, chance_and_ceiling, label_match, nearest_negatives, probe, unexplained_variance
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:

@@ -1,9 +1,10 @@
 """The page in a real browser: quiet, alone, readable without a script, by keyboard, in the dark and on paper."""
 
 import pytest
+from report_samples import browser as installed
+
 from geomssl.reports.gate import Rule, Rules, evaluate
 from geomssl.reports.html import render
-from report_samples import browser as installed
 
 pytestmark = pytest.mark.browser
 RULES = Rules(rule=(Rule(name="turns", probe="equivariance", limit=0.01),))

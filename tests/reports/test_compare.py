@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
-from geomssl.reports import compare
 from report_samples import embed, equivariance, everything, linear, rank, saliency
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
+from geomssl.reports import compare
 
 
 def one(run, value, low=None, high=None, better="higher", n=10, **more):

@@ -3,11 +3,11 @@
 import math
 
 import pytest
-from geomssl.reports.gate import Rule, Rules, Verdict, describe, evaluate, exit_code, read_rules
 from report_samples import element_rows, equivariance, linear, rank, row
 
 from geomssl.artifact import Artifact, Interval, Metric, Table
 from geomssl.errors import GeomsslError
+from geomssl.reports.gate import Rule, Rules, Verdict, describe, evaluate, exit_code, read_rules
 
 
 def rules(**rule):

@@ -6,13 +6,13 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from geomssl.reports import html
-from geomssl.reports.gate import Rule, Rules, evaluate
-from geomssl.reports.html import render
 from report_samples import RUNS, embed, equivariance, everything, linear, png, rank, saliency
 
 from geomssl.artifact import Interval, Metric, Table
 from geomssl.errors import GeomsslError
+from geomssl.reports import html
+from geomssl.reports.gate import Rule, Rules, evaluate
+from geomssl.reports.html import render
 
 RULES = Rules(rule=(
     Rule(name="accuracy", probe="linear", metric="accuracy", at_least=0.9),

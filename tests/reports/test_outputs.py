@@ -4,15 +4,15 @@ import dataclasses
 from xml.etree import ElementTree as ET
 
 import pytest
+from report_samples import RUNS, equivariance, linear
+
+from geomssl.artifact import Interval, Metric
+from geomssl.errors import GeomsslError
 from geomssl.reports import markdown
 from geomssl.reports.gate import Rule, Rules, evaluate
 from geomssl.reports.junit import junit
 from geomssl.reports.markdown import append_step_summary, summary
 from geomssl.reports.numbers import bounds, figure, number
-from report_samples import RUNS, equivariance, linear
-
-from geomssl.artifact import Interval, Metric
-from geomssl.errors import GeomsslError
 
 RULES = Rules(rule=(
     Rule(name="turns", probe="equivariance", limit=0.01),
