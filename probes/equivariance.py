@@ -210,7 +210,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             Figure(
                 "errors", "bar", f"Equivariance error under {transform.name}",
                 f"Total error of each element with its {options.level:.0%} interval. Unrelated features score {CHANCE:.3g}.",
-                "elements", "element", "total", low="low", high="high", x_label="element", y_label="total error",
+                "elements", "element", "total", low="low", high="high", x_label="element", y_label="total error", log_y=True,
             )
         ],
         notes=notes,

@@ -328,6 +328,6 @@ def _figures() -> list[Figure]:
         ),
         Figure(
             "spectrum", "line", "Singular values", "Of the weights as they are, of the features centred and over sqrt(n).",
-            "spectrum", "index", "singular_value", "object", x_label="index", y_label="singular value",
+            "spectrum", "index", "singular_value", "object", x_label="index", y_label="singular value", log_y=True,
         ),
     ]
