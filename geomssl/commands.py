@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,21 +126,20 @@ def describe(found: Artifact, where: Path | str) -> str:
 
 
 def measure_all(
-    subject: Any, folder: Path | str, told: Callable[[str], None], options: Mapping[str, Mapping[str, Any]] | None = None
-) -> list[Artifact]:
-    """Every installed probe on one subject. What cannot apply (no projector, no labels) is told and left out."""
-    found = []
+    subject: Any, folder: Path | str, options: Mapping[str, Mapping[str, Any]] | None = None
+) -> Iterator[tuple[Artifact, Path]]:
+    """Every installed probe on one subject, one after the other. What cannot apply (no projector, no labels) is told on
+    stderr and left out.
+    """
     for name in names("probe"):
         try:
-            made, where = measure(name, subject, (options or {}).get(name, {}), folder)
+            found = measure(name, subject, (options or {}).get(name, {}), folder)
         except GeomsslError as error:
             if error.reason not in SKIPPED:
                 raise
-            told(f"{name}: left out: {error} [{error.reason}]")
+            click.echo(f"{name}: left out: {error} [{error.reason}]", err=True)
             continue
-        told(describe(made, where))
-        found.append(made)
-    return found
+        yield found
 
 
 def _probe_all(**values: Any) -> None:
@@ -150,7 +149,8 @@ def _probe_all(**values: Any) -> None:
         files.check(Path(values["out"] or ".") / "artifact")
         subject, folder = _subject(values)
         common = {key: values[key] for key in ("n", "seed") if values[key] is not None}
-        measure_all(subject, values["out"] or folder, click.echo, dict.fromkeys(names("probe"), common))
+        for found, where in measure_all(subject, values["out"] or folder, dict.fromkeys(names("probe"), common)):
+            click.echo(describe(found, where))
 
 
 probe = click.Command(

@@ -62,8 +62,11 @@ def command(out: str, seed: int, quiet: bool) -> int:
             )
             subject = load.from_checkpoint(path)
             subject.provenance["command"] = f"geomssl demo --out {out} --seed {seed}"
-            artifacts += measure_all(subject, path.with_suffix(""), click.echo)
-            artifacts += [measure(r.probe, subject, r.options, path.with_suffix(""))[0] for r in rules.rule]
+            for found, _ in measure_all(subject, path.with_suffix("")):
+                click.echo(f"  {found.probe:<13} {found.headline}")
+                artifacts.append(found)
+            artifacts += [measure(rule.probe, subject, rule.options, path.with_suffix(""))[0] for rule in rules.rule]
+    # a rule may ask for what a probe has measured by its defaults
     artifacts = list({(a.run, a.probe, a.options_hash): a for a in artifacts}.values())
     verdicts = gate.evaluate(artifacts, rules)
     report = files.write(folder / "report.html", render(artifacts, verdicts, title="geomssl demo: three encoders on digits"))

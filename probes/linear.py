@@ -187,7 +187,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         readings.append(Reading(name, key, "kNN", right, f"k = {k}"))
     majority = known.mode().values
     chance = (labels == majority).double()
-    notes += _remarks(subject, labels, known, k, options)
+    notes += _remarks(subject, labels, known, k, options) + subject.projector_remarks()
     by = {(r.key, r.classifier): r for r in readings}
     main = by["h", "linear"]
     return Artifact(

@@ -56,7 +56,8 @@ def from_checkpoint(
             return build_encoder(recipe, trained_on.channels, trained_on.size)
 
     return Subject(
-        learner.encoder, source, projector=learner.objective.projector, train=train, policy=learner.objective.policy,
+        learner.encoder, source, projector=learner.objective.projector,
+        projector_note=learner.objective.projector_note, train=train, policy=learner.objective.policy,
         untrained=untrained, **how,
         provenance={
             "run": path.stem,

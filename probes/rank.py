@@ -168,7 +168,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
                 )
             )
     notes += _disagreements(estimates)
-    notes += _about_projector(subject.projector, weights)
+    notes += _about_projector(subject.projector, weights) + subject.projector_remarks()
     return Artifact(
         probe="rank",
         title="Rank of the projector and of the features",
@@ -252,17 +252,20 @@ def _row(
 
 
 def _disagreements(estimates: list[dict[str, float | int | str | None]]) -> list[str]:
-    """A sentence for every object whose estimators differ by more than a factor of two."""
-    notes = []
+    """One sentence that names every object whose estimators differ by more than a factor of two."""
+    found = []
     for name in dict.fromkeys(str(row["object"]) for row in estimates):
         rows = {str(r["estimator"]): float(r["value"] or 0) for r in estimates if r["object"] == name}
         least, most = min(rows, key=lambda k: rows[k]), max(rows, key=lambda k: rows[k])
         if rows[least] > 0 and rows[most] > 2 * rows[least]:
-            notes.append(
-                f"{name}: the estimators disagree, from {rows[least]:.3g} ({least.replace('_', ' ')}) to {rows[most]:.3g} "
-                f"({most.replace('_', ' ')}). A few directions dominate and many weak ones remain: read the whole curve."
-            )
-    return notes
+            small, large = (f"{rows[k]:.3g} ({k.replace('_', ' ')})" for k in (least, most))
+            found.append(f"{name} from {small} to {large}")
+    if not found:
+        return []
+    return [
+        f"The estimators disagree: {'; '.join(found)}. "
+        "A few directions dominate and many weak ones remain: read the whole curve."
+    ]
 
 
 def _about_projector(projector: nn.Module | None, weights: dict[str, Tensor]) -> list[str]:

@@ -29,6 +29,8 @@ class Length(nn.Module):
         return h.square().sum(dim=1, keepdim=True).clamp_min(torch.finfo(h.dtype).tiny).sqrt()
 
 
+COLUMNS = 5
+
 class Options(subject.Options):
     """Settings of the saliency probe."""
 
@@ -174,7 +176,7 @@ def _shown(labels: Tensor | None, n: int, show: int) -> Tensor:
 
 
 def _picture(images: Tensor, maps: Tensor, side: int) -> bytes:
-    """Images above, maps laid over them below, as PNG."""
+    """Rows of COLUMNS images, under each row the maps laid over them, as PNG."""
     import matplotlib
 
     low, high = maps.amin(dim=(1, 2), keepdim=True), maps.amax(dim=(1, 2), keepdim=True)
@@ -183,7 +185,10 @@ def _picture(images: Tensor, maps: Tensor, side: int) -> bytes:
     heat = pictures.squares(scaled[:, None], side)[:, 0]
     colours = torch.from_numpy(matplotlib.colormaps["inferno"](heat.numpy())[..., :3]).permute(0, 3, 1, 2)
     below = 0.3 * above + 0.7 * colours.to(above)
-    return pictures.png(pictures.grid(torch.cat([above, below]), len(images)))
+    columns = min(COLUMNS, len(images))
+    empty = above.new_zeros(-len(images) % columns, *above.shape[1:])
+    rows = [torch.cat([tiles, empty]).unflatten(0, (-1, columns)) for tiles in (above, below)]
+    return pictures.png(pictures.grid(torch.stack(rows, dim=1).flatten(0, 2), columns))
 
 
 def _identity(name: str, value: float, n: int, about: str) -> Metric:
@@ -212,7 +217,7 @@ def _caption(
         return f"Images {', '.join(str(i) for i in indices.tolist())}."
     true = _names(labels[shown], torch.arange(int(labels.max()) + 1), subject)
     pairs = zip(indices.tolist(), true, _names(targets[shown], classes, subject), strict=True)
-    return "From the left (image: class, explained): " + "; ".join(f"{i}: {t}, {e}" for i, t, e in pairs) + "."
+    return "Row by row (image: class, explained): " + "; ".join(f"{i}: {t}, {e}" for i, t, e in pairs) + "."
 
 
 def _images_table(

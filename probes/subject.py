@@ -41,6 +41,7 @@ class Subject:
     encoder:   geomssl.encoders.base.Encoder (encoders.wrap makes one of any module).
     projector: module from h (N, D) to z (N, p), or None.
     source:    the split that is measured.  train: the training split, for classifiers and neighbours, or None.
+    projector_note: what a reader must know of the projector (it was trained on something else than h), or None.
     policy:    the transform that drew the training views, or None where unknown.
     untrained: makes the same encoder at its random initialisation, or None where that is unknown.
     """
@@ -48,6 +49,7 @@ class Subject:
     encoder: Any
     source: Source
     projector: nn.Module | None = None
+    projector_note: str | None = None
     train: Source | None = None
     policy: Transform | None = None
     untrained: Callable[[], Any] | None = None
@@ -77,6 +79,10 @@ class Subject:
         if self.projector is None:
             raise GeomsslError(f"{what} without a projector", "a model with one (--projector LAYER)", reason="no-projector")
         return self.projector
+
+    def projector_remarks(self) -> list[str]:
+        """Sentences for the notes of a probe that feeds h to the projector."""
+        return [self.projector_note] if self.projector is not None and self.projector_note else []
 
     def need_labels(self, what: str, part: Part = "own") -> Tensor:
         labels = self._source(part).labels

@@ -177,7 +177,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     labels = _labels(subject, indices, notes)
     matches = None if labels is None else _label_metrics(labels, hardest, groups, options.seed)
     metrics += matches or [Metric("label_match", None, reason=f"{subject.source.name} has no labels")]
-    notes += _remarks(subject, main, linear, h1, z1, options)
+    notes += _remarks(subject, main, linear, h1, z1, options) + subject.projector_remarks()
     return Artifact(
         probe="tangent",
         title="What the projector sees of the steps between neighbours",

@@ -53,6 +53,7 @@ class Objective(nn.Module):
     views:          what the trainer draws for every batch.
     draws:          how many uniform numbers an example needs beside its views (fibre locations).
     projector:      from h to z, or None.
+    projector_note: a sentence for probes that feed it h, where it was trained on something else; or None.
     trains_encoder: False keeps the encoder in eval mode without gradients.
     policy:         the transform whose views a probe should use, or None.
     """
@@ -60,6 +61,7 @@ class Objective(nn.Module):
     views: tuple[ViewSpec, ...] = ()
     draws: int = 0
     projector: nn.Module | None
+    projector_note: str | None = None
     trains_encoder: bool = True
 
     def __init__(self) -> None:

@@ -37,6 +37,8 @@ class HSSL(Objective):
         denominator: Denominator = Field("pooled", description="which terms stand in InfoNCE's denominator")
         projector: tuple[int, ...] = Field((128, 128, 128), min_length=1, description="widths of the head")
 
+    projector_note = "The projector was trained on single fibres; here it is fed with h, which pools them."
+
     def __init__(self, config: Config, encoder: Encoder, classes: int, channels: int) -> None:
         super().__init__()
         self.config = config

@@ -53,12 +53,13 @@ def test_the_picture_holds_each_image_above_its_map(make_subject: Callable[..., 
     subject = make_subject()
     found = probe(subject, Options(show=10, side=16))
     picture = Image.open(io.BytesIO(found.files["maps.png"])).convert("RGB")
-    assert picture.size == (160, 32)
+    assert picture.size == (5 * 16, 2 * 2 * 16)
     labels = subject.source.labels
     firsts = [int((labels == c).nonzero()[0, 0]) for c in range(10)]  # type: ignore[union-attr]
-    for column, i in enumerate(firsts):
+    for place, i in enumerate(firsts):
+        left, top = 16 * (place % 5), 32 * (place // 5)
         expected = subject.images(torch.tensor([i]))[0, 0].mul(255).round()
-        tile = torch.tensor([[picture.getpixel((column * 16 + 2 * x, 2 * y))[0] for x in range(8)] for y in range(8)])
+        tile = torch.tensor([[picture.getpixel((left + 2 * x, top + 2 * y))[0] for x in range(8)] for y in range(8)])
         assert torch.equal(tile.float(), expected)
 
 
