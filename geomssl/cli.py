@@ -83,7 +83,7 @@ def geomssl() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. A mistake is one line on stderr; a fault is one line and a log."""
     try:
-        code = geomssl.main(args=list(arguments) if arguments is not None else None, standalone_mode=False)
+        code = geomssl.main(args=list(arguments) if arguments is not None else None, prog_name="geomssl", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except GeomsslError as error:
         return _complain(str(error), error.reason)

@@ -33,6 +33,7 @@ def _model_options() -> list[click.Option]:
         _option("--weights", metavar="F.safetensors", help="weights for --model"),
         _option("--projector", metavar="LAYER", help="the layer of --model that is its projector; h is what enters it"),
         _option("--dataset", metavar="NAME", help="digits, folder:PATH, ...  [default: the run's own, else digits]"),
+        _option("--set", "assigned", multiple=True, metavar="KEY=VALUE", help="a key of the data set, such as dataset.size=32"),
         _option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="measured"),
         _option("--device", default="auto", show_default=True, help="auto, cpu, cuda[:N] or mps"),
         _option("--dtype", type=click.Choice(["float32", "float64"]), default="float32", show_default=True, help="numbers"),
@@ -61,14 +62,19 @@ def _subject(values: dict[str, Any]) -> tuple[Any, Path]:
         )
     from geomssl.probes import load
 
-    section = data.section(values["dataset"]) if values["dataset"] else None
+    assigned = assignments(values["assigned"])
+    if assigned.keys() - {"dataset"}:
+        given_key = next(iter(assigned.keys() - {"dataset"}))
+        raise GeomsslError(f"--set {given_key}", "keys of the data set, such as dataset.size=32", reason="unknown-key")
+    section = merge(data.section(values["dataset"]) if values["dataset"] else {}, assigned.get("dataset", {}))
     if values["checkpoint"]:
         repeated = [_named(values)]
         subject = load.from_checkpoint(values["checkpoint"], section, values["split"], repeated, **how)
         folder = checkpoint.folder(checkpoint.located(values["checkpoint"]))
     else:
+        section = merge(data.section("digits"), section)
         subject = load.from_factory(
-            values["model"], section or data.section("digits"), values["split"], values["weights"], values["projector"], **how
+            values["model"], section, values["split"], values["weights"], values["projector"], **how
         )
         folder = Path("geomssl-artifacts")
     subject.provenance["command"] = " ".join(["geomssl", *sys.argv[1:]])

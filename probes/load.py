@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import geomssl
 from geomssl import checkpoint, data
+from geomssl.config import merge
 from geomssl.data.base import Source, Split
 from geomssl.encoders import wrap
 from geomssl.encoders.base import Encoder
@@ -33,14 +34,15 @@ def from_checkpoint(
 ) -> Subject:
     """The subject of a run.pt on a split of its own data set, or of another with the same channels.
 
-    repeated: settings spelled out by the caller; only they may name user code. how: device, dtype, batch_size, memory.
+    dataset: settings laid over those of the run's own data set; another name starts afresh. repeated: settings spelled
+    out by the caller; only they may name user code. how: device, dtype, batch_size, memory.
     """
     path = checkpoint.located(path)
     state = checkpoint.load(path)
     refuse_strangers(state["config"], repeated, str(path))
     recipe = build([state["config"]], str(path))
     trained_on = data.load_config(recipe.dataset, "train")
-    section = data.configure(dataset) if dataset is not None else recipe.dataset
+    section = data.configure(merge(recipe.dataset.model_dump(mode="json"), dataset or {}))
     source = data.load_config(section, split)
     train = data.load_config(section, "train")
     if source.channels != trained_on.channels:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.config import Settings
@@ -28,10 +29,8 @@ Part = Literal["own", "train"]
 class Options(Settings):
     """What every probe can be told; a probe's own Options adds to it. They are the identity of its artifact."""
 
-    n: int | None = None
-    """Images to use; every image of the split when not given."""
-    seed: int = 0
-    """Seed of every draw of this probe."""
+    n: int | None = Field(None, description="images to use  [default: all of the split]")
+    seed: int = Field(0, ge=0, description="seed of every draw of this probe")
 
 
 @dataclass

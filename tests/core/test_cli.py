@@ -200,3 +200,18 @@ def test_a_fault_leaves_a_log_and_one_line(capsys, monkeypatch, tmp_path):
     assert "fault: ZeroDivisionError" in said(capsys)
     (log,) = tmp_path.glob("geomssl-*.log")
     assert "Traceback" in log.read_text()
+
+
+def test_settings_of_the_data_set_reach_a_probe(tmp_path, capsys, run):
+    for name in ("a", "b"):
+        for i in range(15):
+            (tmp_path / "grey" / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.random.default_rng(i + 20 * (name == "b")).integers(0, 255, (9, 12), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "grey" / name / f"{i}.png")
+    arguments = ["rank", "--checkpoint", str(run), "--dataset", f"folder:{tmp_path / 'grey'}", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 2
+    assert "expected square images, or --set dataset.size=N" in said(capsys)
+    assert main([*arguments, "--set", "dataset.size=8"]) == 0
+    capsys.readouterr()
+    assert main([*arguments, "--set", "optim.lr=8"]) == 2
+    assert "keys of the data set" in said(capsys)
