@@ -70,6 +70,11 @@ def build_encoder(recipe: Recipe, channels: int, size: int) -> Encoder:
     return resolve("encoder", config.name)(channels, config)  # type: ignore[attr-defined]
 
 
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order (n,) in which an epoch visits the images."""
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
+
+
 def make_batch(
     source: Source, indices: Tensor, objective: Objective, device: torch.device, seed: int, *counters: int
 ) -> Batch:
@@ -196,7 +201,7 @@ class Trainer:
     def _epoch(self) -> dict[str, Any]:
         """One pass over the training images in a seeded order; no host synchronisation inside a step."""
         self.learner.train()
-        order = torch.randperm(len(self.source), generator=generator(self.recipe.seed, "order", self.epoch))
+        order = epoch_order(len(self.source), self.recipe.seed, self.epoch)
         rows: list[Tensor] = []
         names: list[str] = []
         rates: list[float] = []

@@ -84,6 +84,12 @@ def test_the_online_classifier_sends_no_gradient_to_the_encoder(tmp_path):
     assert trainer.learner.classifier.weight.grad is not None
 
 
+def test_every_epoch_visits_every_image_in_an_order_of_its_own():
+    orders = [training.epoch_order(50, seed, epoch) for seed in (0, 1) for epoch in range(4)]
+    assert all(torch.equal(o.sort().values, torch.arange(50)) for o in orders)
+    assert len({tuple(o.tolist()) for o in orders}) == 8
+
+
 @pytest.mark.parametrize("objective", ["simclr", "hssl", "ciper", "supervised"])
 def test_gradients_reach_exactly_the_objectives_own_parameters(tmp_path, objective):
     trainer = training.start(recipe(objective), tmp_path / "s.pt", CPU)
@@ -130,9 +136,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert (tmp_path / "s.pt").read_bytes() == good
 
 
+def test_weights_that_are_not_finite_never_reach_the_checkpoint(tmp_path):
+    """The last step of an epoch may spoil the weights after its loss was still finite."""
+    trainer = training.start(recipe("supervised", batch_size=1000), tmp_path / "s.pt", CPU)
+    trainer.optimizers["model"].step = lambda: next(trainer.learner.encoder.parameters()).data.fill_(float("inf"))
+    with pytest.raises(GeomsslError, match="a weight is not finite at step 1, epoch 1"):
+        trainer.run()
+    assert all(w.isfinite().all() for w in checkpoint.load(tmp_path / "s.pt")["weights"].values())
+
+
 def test_an_absurd_learning_rate_never_reaches_the_checkpoint(tmp_path):
     chosen = recipe("simclr", optim={"name": "sgd", "lr": 1e30}, batch_size=512)
-    with pytest.raises(GeomsslError, match="not finite|loss is") as caught:
+    with pytest.raises(GeomsslError, match="the loss is nan at step 2") as caught:
         training.start(chosen, tmp_path / "s.pt", CPU).run()
     assert caught.value.reason == "diverged"
     state = checkpoint.load(tmp_path / "s.pt")
