@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import pickle
 import zipfile
 from pathlib import Path
@@ -25,7 +26,10 @@ def folder(path: Path | str) -> Path:
 
 def save(path: Path | str, state: dict[str, Any]) -> None:
     """Replace the checkpoint by `state`, all of it or nothing."""
-    files.write(path, lambda file: torch.save({"format": FORMAT, "kind": KIND, **state}, file))
+    # in memory first: torch's own writer says of a full disk only that a position is unexpected
+    whole = io.BytesIO()
+    torch.save({"format": FORMAT, "kind": KIND, **state}, whole)
+    files.write(path, whole.getvalue())
 
 
 def load(path: Path | str) -> dict[str, Any]:

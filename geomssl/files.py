@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from geomssl.errors import GeomsslError
 
@@ -33,26 +31,21 @@ def writable(path: Path | str) -> Path:
     return path
 
 
-def write(path: Path | str, write_to: Callable[[BinaryIO], object] | bytes | str) -> Path:
-    """Replace `path` by bytes, text, or what the callable writes into an open binary file; all of it or nothing."""
+def write(path: Path | str, content: bytes | str) -> Path:
+    """Replace `path` by bytes or text; all of it or nothing."""
     path = writable(path)
     sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(sibling, "wb") as file:
-            if isinstance(write_to, str):
-                file.write(write_to.encode())
-            elif isinstance(write_to, bytes):
-                file.write(write_to)
-            else:
-                write_to(file)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(sibling, path)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer reports a failed write as a RuntimeError
+    except OSError as error:
         sibling.unlink(missing_ok=True)
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
-        raise GeomsslError(f"cannot write {path}: {said}", "room and permission to write", reason="unwritable") from error
+        raise GeomsslError(
+            f"cannot write {path}: {error.strerror}", "room and permission to write", reason="unwritable"
+        ) from error
     except BaseException:
         sibling.unlink(missing_ok=True)
         raise

@@ -309,14 +309,22 @@ def _headline(found: EquivarianceError, names: list[str], transform: Transform, 
     features = "fibres" if layer == "fibres" else "vectors h"
     if bool(found.degenerate.all()):
         return f"The {features} hardly vary from image to image: nothing can be told about how {transform.name} moves them."
-    worst = int(found.total.nan_to_num(nan=-1.0).argmax())
+    judged = found.exact & ~found.degenerate
+    total_of = found.total.nan_to_num(nan=-1.0)
+    worst = int((total_of.masked_fill(~judged, -1.0) if bool(judged.any()) else total_of).argmax())
     total = float(found.total[worst])
     does, kept = doing(transform), total < CLOSE
+    if not bool(judged.any()):
+        return (
+            f"{does} puts the {features} {total:.2g} of their spread from the declared place, at {names[worst]} "
+            f"(chance {CHANCE:.3g}); nothing is merely permuted there, so this is no verdict on the model."
+        )
     if declared.name == "trivial":
         said = f"{does} {'leaves' if kept else 'does not leave'} the {features} as they are"
     else:
         said = f"{does} {'moves' if kept else 'does not move'} the {features} as declared"
-    return f"{said}: worst error {total:.2g} of the features' spread, at {names[worst]} (chance {CHANCE:.3g})."
+    count = "" if bool(judged.all()) else f" of the {int(judged.sum())} elements in {len(names)} that only permute"
+    return f"{said}: worst error {total:.2g} of the features' spread{count}, at {names[worst]} (chance {CHANCE:.3g})."
 
 
 def _notes(

@@ -228,3 +228,19 @@ def test_ctrl_c_is_130_and_keeps_the_last_epoch(tmp_path):
     assert process.returncode == 130
     assert said.strip() == "geomssl: interrupted; the last whole checkpoint is kept"
     assert checkpoint.load(tmp_path / "run.pt")["epoch"] >= 1
+
+
+def test_a_full_disk_keeps_the_last_epoch(tmp_path):
+    """RLIMIT_FSIZE stops the second checkpoint midway, as a full disk does."""
+    training.start(recipe("supervised"), tmp_path / "run.pt", CPU).run(stop_after=1)
+    before = (tmp_path / "run.pt").read_bytes()
+    code = (
+        "import resource, signal, sys; from geomssl.cli import main; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) // 2},) * 2); sys.exit(main(['train', '--resume', 'run.pt']))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert found.returncode == 2
+    assert "cannot write run.pt: File too large; expected room" in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+    assert (tmp_path / "run.pt").read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {"run.pt", "run"}

@@ -104,6 +104,16 @@ def test_the_action_and_why_are_stated(name, options, chosen):
     assert f"the {chosen} action" in found.definition
 
 
+def test_a_headline_gives_no_verdict_where_nothing_is_merely_permuted():
+    found = probe(subject(), Options(transform="rotate", draws=3))
+    assert "no verdict on the model" in found.headline
+    mixed = probe(subject("cnn"), Options(transform="c8"))
+    assert "of the 3 elements in 7 that only permute" in mixed.headline
+    columns = mixed.table("elements").columns
+    exact = [t for t, permutes in zip(columns["total"], columns["exact"], strict=True) if permutes]
+    assert f"worst error {max(exact):.2g}" in mixed.headline
+
+
 def test_shifts_by_the_stride_are_exact_and_the_stride_is_said():
     found = probe(subject("cnn"), Options(transform="translations", step=4))
     assert found.table("elements").columns["exact"] == [True] * 3
