@@ -298,7 +298,7 @@ def _metrics(found: EquivarianceError, options: Options) -> list[Metric]:
             about=f"share of the {count} elements whose pair of actions only permutes",
         ),
         Metric(
-            "variance_share", float(found.variance_share.min()), n=n, better="higher",
+            "variance_share", float(found.variance_share.min()), n=n,
             reason=f"compared with a stated share only: under {options.share:g} the features are degenerate",
             about="variance of the features over their squared norm, at the element where it is least",
         ),

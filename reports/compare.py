@@ -147,7 +147,10 @@ def _row(name: str, metric: Metric, question: Question, found: list[Metric | Non
 
 
 def _marked(found: list[Metric | None]) -> list[Cell]:
-    """The best of several runs is marked, and said to be a lead only where its interval touches another's."""
+    """The best of several runs is marked where its interval is clear of the others', and called a lead where it is not.
+
+    Without intervals nothing is marked: nothing tells a difference from chance.
+    """
     there = [m for m in found if m is not None and m.value is not None and m.better]
     values = sorted({float(m.value) for m in there if m.value is not None}, reverse=bool(there and there[0].better == "higher"))
     if len(there) < 2 or sum(m.value == values[0] for m in there) != 1:
@@ -162,7 +165,7 @@ def _marked(found: list[Metric | None]) -> list[Cell]:
             m.interval and o.interval and (m.interval.high < o.interval.low or m.interval.low > o.interval.high) for o in others
         )
         bare = m.interval is None or any(o.interval is None for o in others)
-        cells.append(Cell(m, "best" if apart else "best, no interval" if bare else "leads, intervals overlap"))
+        cells.append(Cell(m, "best" if apart else "" if bare else "leads, intervals overlap"))
     return cells
 
 

@@ -33,8 +33,9 @@ class TestRows:
         found = row(one("a", 0.9, 0.7, 0.95), one("b", 0.8, 0.6, 0.9))
         assert [c.mark for c in found.cells] == ["leads, intervals overlap", ""]
 
-    def test_without_intervals_that_is_said(self):
-        assert [c.mark for c in row(one("a", 0.9), one("b", 0.8)).cells] == ["best, no interval", ""]
+    def test_without_intervals_nothing_is_best(self):
+        assert [c.mark for c in row(one("a", 0.9), one("b", 0.8)).cells] == ["", ""]
+        assert [c.mark for c in row(one("a", 0.9, 0.8, 1.0), one("b", 0.5)).cells] == ["", ""]
 
     @pytest.mark.parametrize("artifacts", [
         [one("a", 0.9, 0.8, 1.0)],
