@@ -104,6 +104,12 @@ def test_the_action_and_why_are_stated(name, options, chosen):
     assert f"the {chosen} action" in found.definition
 
 
+def test_a_group_that_the_encoder_does_not_declare_is_said_to_be_a_doubtful_declaration():
+    notes = " ".join(probe(subject("c4-cnn"), Options(transform="c8")).notes)
+    assert "declares c4, not c8" in notes
+    assert "may be the declaration's" in notes
+
+
 def test_a_headline_gives_no_verdict_where_nothing_is_merely_permuted():
     found = probe(subject(), Options(transform="rotate", draws=3))
     assert "no verdict on the model" in found.headline
