@@ -237,7 +237,8 @@ def _chosen(options: Options, encoder: Any, transform: Transform, features: Tens
         if group is not None and group.fibre > 1:
             return "spatial", (
                 f"The encoder declares {group.name}, not {transform.name}: its maps are held to move as images (the spatial "
-                "action), which leaves the orientations where they are. An error here may be the declaration's, not the model's."
+                "action), which leaves the orientations where they are. An error here may be the declaration's, not the "
+                "model's."
             )
         return "spatial", (
             f"The encoder declares no action of {transform.name}, so its maps are held to move as images (the spatial action)."
