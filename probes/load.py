@@ -44,7 +44,7 @@ def from_checkpoint(
     trained_on = data.load_config(recipe.dataset, "train")
     section = data.configure(merge(recipe.dataset.model_dump(mode="json"), dataset or {}))
     source = data.load_config(section, split)
-    train = data.load_config(section, "train")
+    train = trained_on if section == recipe.dataset else data.load_config(section, "train")
     if source.channels != trained_on.channels:
         raise GeomsslError(
             f"{source.name} has {source.channels} channels", f"{trained_on.channels}, as the encoder of {path}",

@@ -115,8 +115,7 @@ class Subject:
         view: None for plain images, or (policy, seed, number): view `number` of each image, its parameters drawn for the
         whole set at once, so that they do not depend on the batch size. Computed once; kept on disk beyond `memory` bytes.
         """
-        key = (id(view[0]), *view[1:]) if view else None
-        return self._cached((layer, part, key, tuple(indices.tolist())), lambda: self._run(indices, layer, part, view))
+        return self._cached((layer, part, view, tuple(indices.tolist())), lambda: self._run(indices, layer, part, view))
 
     @torch.no_grad()
     def _run(self, indices: Tensor, layer: Layer, part: Part, view: tuple[Transform, int, int] | None) -> Tensor:

@@ -55,6 +55,13 @@ def test_views_do_not_depend_on_the_batch_size():
     assert not torch.allclose(other, found[0])
 
 
+def test_views_of_another_policy_are_never_taken_from_the_cache():
+    made, rows = subject(), torch.arange(20)
+    found = [made.features(rows, "pixels", view=(policy(name), 0, 1)) for name in ("none", "simclr", "none", "small")]
+    assert torch.equal(found[0], found[2])
+    assert not any(torch.equal(found[0], other) for other in (found[1], found[3]))
+
+
 def test_features_beyond_the_memory_limit_lie_on_disk_and_are_equal():
     rows = torch.arange(100)
     torch.manual_seed(0)
