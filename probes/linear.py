@@ -91,7 +91,7 @@ def _fit_one(exact: Tensor, labels: Tensor, strength: float, held_out: float = m
     # a spread at the level of float32 rounding is no feature; dividing by it would make it one
     scale = torch.where(std > 1e-6 * mean.abs(), 1 / std.clamp_min(1e-300), 0.0)
     model = LogisticRegression(C=1 / (strength * len(exact)), max_iter=2000, tol=1e-6)
-    # many small products: two BLAS threads that wait for each other took fifteen times as long as one
+    # many small products: two BLAS threads that wait for each other took thirteen times as long as one
     with threadpool_limits(1, user_api="blas"), warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(((exact - mean) * scale).numpy(), labels.numpy())
