@@ -46,9 +46,10 @@ def _model_options() -> list[click.Option]:
 
 
 def _subject(values: dict[str, Any]) -> tuple[Any, Path]:
-    """The subject that the flags name, and the folder that its artifacts go to unless --out says otherwise."""
+    """The subject that the flags name, and the folder that its artifacts go to."""
     from geomssl import checkpoint, data, device
 
+    files.check(Path(values["out"] or ".") / "artifact")
     how: dict[str, Any] = {
         "device": device.device(values["device"]),
         "dtype": device.dtype(values["dtype"]),
@@ -78,7 +79,7 @@ def _subject(values: dict[str, Any]) -> tuple[Any, Path]:
         )
         folder = Path("geomssl-artifacts")
     subject.provenance["command"] = " ".join(["geomssl", *sys.argv[1:]])
-    return subject, folder
+    return subject, Path(values["out"] or folder)
 
 
 def _named(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -100,9 +101,8 @@ def probe_command(name: str) -> click.Command:
 
     def run(**values: Any) -> None:
         with shown(not values["quiet"]):
-            files.check(Path(values["out"] or ".") / "artifact")
             subject, folder = _subject(values)
-            found, where = measure(name, subject, given(module.Options, values), values["out"] or folder)
+            found, where = measure(name, subject, given(module.Options, values), folder)
         click.echo(json.dumps(found.to_json(), indent=1) if values["json"] else describe(found, where))
 
     output = [
@@ -152,10 +152,9 @@ def _probe_all(**values: Any) -> None:
     if values["which"] != "all":
         raise GeomsslError(f"geomssl probe {values['which']}", "all, or a probe's own command", reason="unknown-name")
     with shown(not values["quiet"]):
-        files.check(Path(values["out"] or ".") / "artifact")
         subject, folder = _subject(values)
         common = {key: values[key] for key in ("n", "seed") if values[key] is not None}
-        for found, where in measure_all(subject, values["out"] or folder, dict.fromkeys(names("probe"), common)):
+        for found, where in measure_all(subject, folder, dict.fromkeys(names("probe"), common)):
             click.echo(describe(found, where))
 
 
@@ -200,8 +199,7 @@ def _train(recipe_file: str | None, **values: Any) -> None:
     flagged = given(Recipe, {key: values[key] for key in ("seed", "epochs", "batch_size")}) | _named(values)
     if values["dataset"]:
         flagged["dataset"] = data.section(values["dataset"])
-    layers = [layer for layer in (flagged, assignments(values["assigned"])) if layer]
-    layers = [merge(layers[0], layers[1])] if len(layers) == 2 else layers
+    layers = [flagged, assignments(values["assigned"])]
     if recipe_file is not None:
         layers.insert(0, read(recipe_file))
     where = device.device(values["device"])
@@ -277,7 +275,7 @@ def _gate(runs: tuple[str, ...], rules: str, junit: str | None, inconclusive: st
         with shown(not values["quiet"]):
             subject, folder = _subject(values)
             artifacts = [
-                measure(rule.probe, subject, rule.options, values["out"] or folder)[0]
+                measure(rule.probe, subject, rule.options, folder)[0]
                 for rule in read.rule
                 if rule.run in (None, subject.provenance["run"])
             ]

@@ -42,13 +42,11 @@ def write(path: Path | str, content: bytes | str) -> Path:
             os.fsync(file.fileno())
         os.replace(sibling, path)
     except OSError as error:
-        sibling.unlink(missing_ok=True)
         raise GeomsslError(
             f"cannot write {path}: {error.strerror}", "room and permission to write", reason="unwritable"
         ) from error
-    except BaseException:
+    finally:
         sibling.unlink(missing_ok=True)
-        raise
     sync_folder(path.parent)
     return path
 

@@ -107,11 +107,10 @@ def resume(path: Path | str, device: torch.device, layers: Sequence[Mapping[str,
     state = checkpoint.load(path)
     refuse_strangers(state["config"], layers, str(path))
     recipe = build([state["config"]], str(path))
-    wanted = build([state["config"], *layers]).plain()
-    differing = sorted(flat(wanted).items() ^ flat(recipe.plain()).items())
+    was, wanted = flat(recipe.plain()), flat(build([state["config"], *layers]).plain())
+    differing = sorted(key for key in was.keys() | wanted.keys() if was.get(key) != wanted.get(key))
     if differing:
-        keys = sorted({key for key, _ in differing})
-        said = ", ".join(f"{key} = {flat(wanted).get(key)} (was {flat(recipe.plain()).get(key)})" for key in keys)
+        said = ", ".join(f"{key} = {wanted.get(key)} (was {was.get(key)})" for key in differing)
         raise GeomsslError(f"--resume {path} with {said}", "the settings of the run that is resumed", reason="changed-recipe")
     trainer = Trainer(recipe, path, device)
     trainer.restore(state)
@@ -230,11 +229,11 @@ class Trainer:
     def _set_rates(self) -> float:
         steps = self.recipe.epochs * self.steps_per_epoch
         warmup = round(self.recipe.optim.warmup_epochs * self.steps_per_epoch)  # type: ignore[attr-defined]
+        rates = {name: learning_rate(peak, self.step, steps, warmup) for name, peak in self.peaks.items()}
         for name, optimizer in self.optimizers.items():
-            rate = learning_rate(self.peaks[name], self.step, steps, warmup)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-        return learning_rate(self.peaks.get("model", 0.0), self.step, steps, warmup)
+                group["lr"] = rates[name]
+        return rates.get("model", 0.0)
 
     def _check_finite(self, rows: list[Tensor], rates: list[float]) -> None:
         """Stop at the first loss, or the first weights, that are not finite."""

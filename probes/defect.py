@@ -80,15 +80,14 @@ def measure(task: Task, level: float, resamples: int, seed: int, share: float) -
     slices = [slice(a, min(a + task.batch_size, task.n)) for a in range(0, task.n, task.batch_size)]
     mean, square = _moments(task, slices)
     sums = {key: torch.zeros(len(task.params), task.n, dtype=torch.float64) for key in ("error", "spread", "trip", "moved")}
-    trips = _inverse(task) is not None
-    size, exact = (1, 1), torch.zeros(0)
+    trips = _has_inverse(task)
+    size, exact = _sizes(task)
     for images in track(slices, "equivariance"):
         x, fx = task.images(images), task.features(images)
-        size, exact = _sizes(task, x, fx)
         per_pass = max(1, task.batch_size // len(x))
         for start in range(0, len(task.params), per_pass):
             elements = slice(start, start + per_pass)
-            for key, values in _compare(task, x, fx, mean, task.params[elements], exact[elements], size).items():
+            for key, values in _compare(task, x, fx, mean, task.params[elements], exact[elements], size, trips).items():
                 sums[key][elements, images] = values.view(-1, len(x)).cpu()
     return _figures(sums, square, exact, trips, task.n, level, resamples, seed, share)
 
@@ -116,23 +115,26 @@ def _moments(task: Task, slices: list[slice]) -> tuple[Tensor, float]:
     return total / task.n, square
 
 
-def _sizes(task: Task, x: Tensor, fx: Tensor) -> tuple[Size, Tensor]:
+def _sizes(task: Task) -> tuple[Size, Tensor]:
+    """The size of the images, and for which elements the pair of actions only permutes."""
+    x, fx = task.images(slice(0, 1)), task.features(slice(0, 1))
     size = (x.shape[2], x.shape[3])
     places = (fx.shape[-2], fx.shape[-1]) if fx.dim() >= 4 else (1, 1)
     return size, task.action.is_exact(task.params, places, size)
 
 
-def _inverse(task: Task) -> Tensor | None:
+def _has_inverse(task: Task) -> bool:
     try:
-        return task.transform.inverse(task.params)
+        task.transform.inverse(task.params)
     except GeomsslError as error:
         if error.reason != "no-inverse":
             raise
-        return None
+        return False
+    return True
 
 
 def _compare(
-    task: Task, x: Tensor, fx: Tensor, mean: Tensor, params: Tensor, exact: Tensor, size: Size
+    task: Task, x: Tensor, fx: Tensor, mean: Tensor, params: Tensor, exact: Tensor, size: Size, trips: bool
 ) -> dict[str, Tensor]:
     """Squared distances of e elements and b images, (e b,), element by element."""
     e, b = len(params), len(x)
@@ -153,10 +155,9 @@ def _compare(
         "spread": _squares(_precise(declared) - _precise(centre).repeat_interleave(b, dim=0), 1),
         "moved": _squares(_precise(declared) - _precise(clean), 1),
     }
-    try:
-        back = task.transform.inverse(rows)
-    except GeomsslError:
+    if not trips:
         return values
+    back = task.transform.inverse(rows)
     trip = _squares(_precise(task.f(task.transform(turned, back))) - _precise(clean), 1) / 2
     if not bool(exact.all()):
         trip = trip + _squares(_precise(task.action(declared, back, size)) - _precise(clean), 1)

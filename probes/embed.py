@@ -18,6 +18,7 @@ from torch import Tensor
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
 from geomssl.probes import checks, pictures, subject
+from geomssl.probes.tangent import chance_and_ceiling
 from geomssl.progress import track
 from geomssl.seeding import seeded
 
@@ -200,8 +201,7 @@ def _metrics(
         return metrics
     about = f"mean share of the {k} nearest points with the same label"
     agreement = [float(label_agreement(m, labels, k).mean()) for m in maps]
-    counts = labels.unique(return_counts=True)[1].double()
-    chance = float((counts * (counts - 1)).sum() / (n * (n - 1)))
+    chance, _ = chance_and_ceiling(labels, [torch.arange(n)])
     return [
         *metrics,
         _over_seeds("label_agreement", agreement, n, f"{about}, on the map"),
@@ -236,8 +236,7 @@ def _table(indices: Tensor, mapped: Tensor, plane: Tensor, labels: Tensor | None
         "pca_y": _rounded(plane[:, 1].numpy()),
     }
     if labels is not None:
-        names = subject.source.classes
-        columns["label"] = [str(names[c]) if c < len(names) else str(c) for c in labels.tolist()]
+        columns["label"] = subject.class_names(labels)
     return Table("map", "Where every image lies", columns, "x, y: PaCMAP. pca_x, pca_y: principal components. No units.")
 
 

@@ -170,7 +170,8 @@ class Reading:
 def probe(subject: subject.Subject, options: Options) -> Artifact:
     """Top-1 accuracy of a linear classifier and of kNN on h, with z, the random encoder and raw pixels beside it."""
     check_frozen(subject.encoder)
-    labels = subject.need_labels("a classifier")[(indices := subject.choose(options)).to(_device(subject))].cpu()
+    indices = subject.choose(options)
+    labels = subject.need_labels("a classifier").cpu()[indices]
     subject.need(2, "an accuracy")
     train_indices = train_sample(subject, options.train_n, options.seed)
     known = subject.need_labels("a classifier", "train").cpu()[train_indices]
@@ -200,7 +201,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             f"training split. kNN: the majority among the {k} most cosine-similar training images. Chance: the majority class."
         ),
         metrics=_metrics(by, chance, options.seed),
-        tables=[_table(readings, len(labels), len(known)), _per_class(main, labels, subject.source.classes)],
+        tables=[_table(readings, len(labels), len(known)), _per_class(main, labels, subject)],
         figures=[
             Figure(
                 "accuracy", "bar", "Accuracy from frozen features",
@@ -233,10 +234,6 @@ def train_sample(subject: subject.Subject, n: int | None, seed: int) -> Tensor:
 
 class _Draw(subject.Options):
     """A draw from the training split, whose size is another option than that of the measured split."""
-
-
-def _device(subject: subject.Subject) -> torch.device:
-    return subject.need_labels("a classifier").device
 
 
 def _kinds(
@@ -328,7 +325,7 @@ def _table(readings: list[Reading], n: int, trained: int) -> Table:
     )
 
 
-def _per_class(main: Reading, labels: Tensor, classes: Sequence[str]) -> Table:
+def _per_class(main: Reading, labels: Tensor, subject: subject.Subject) -> Table:
     found = labels.unique()
     right = [int(main.right[labels == c].sum()) for c in found]
     total = [int((labels == c).sum()) for c in found]
@@ -336,7 +333,7 @@ def _per_class(main: Reading, labels: Tensor, classes: Sequence[str]) -> Table:
     return Table(
         "classes", "Accuracy of the linear classifier on h, by class",
         {
-            "class": [str(classes[int(c)]) if int(c) < len(classes) else str(int(c)) for c in found],
+            "class": subject.class_names(found),
             "accuracy": [r / t for r, t in zip(right, total, strict=True)],
             "low": [b[0] for b in bounds],
             "high": [b[1] for b in bounds],

@@ -101,8 +101,8 @@ def from_factory(
     if projector:
         module, head = Before(module, projector), _layer(module, projector)
     return Subject(
-        _encoder(module, source), source, projector=head, train=train,
-        untrained=(lambda: _encoder(untrained, source)) if untrained is not None else None, **how,
+        wrap(module, in_channels=source.channels), source, projector=head, train=train,
+        untrained=(lambda: wrap(untrained, in_channels=source.channels)) if untrained is not None else None, **how,
         provenance={"run": name.rpartition(":")[2], "model": name, **_about(source, how)},
     )
 
@@ -132,10 +132,6 @@ def _layer(module: nn.Module, name: str) -> nn.Module:
     if name not in layers or not name:
         raise unknown("layer", name, [n for n in layers if n])
     return layers[name]
-
-
-def _encoder(module: nn.Module, source: Source) -> Encoder:
-    return module if isinstance(module, Encoder) else wrap(module, in_channels=source.channels)
 
 
 def _load_weights(module: nn.Module, path: Path | str) -> None:

@@ -204,19 +204,14 @@ def _share_metric(share: Tensor, seed: int) -> Metric:
     return Metric("input_share", float(share.mean()), len(share), interval, about=about)
 
 
-def _names(columns: Tensor, classes: Tensor, subject: subject.Subject) -> list[str]:
-    found = subject.source.classes
-    return [str(found[c]) if c < len(found) else str(c) for c in classes[columns].tolist()]
-
-
 def _caption(
     indices: Tensor, labels: Tensor | None, targets: Tensor | None, shown: Tensor, classes: Tensor | None,
     subject: subject.Subject,
 ) -> str:
     if labels is None or targets is None or classes is None:
         return f"Images {', '.join(str(i) for i in indices.tolist())}."
-    true = _names(labels[shown], torch.arange(int(labels.max()) + 1), subject)
-    pairs = zip(indices.tolist(), true, _names(targets[shown], classes, subject), strict=True)
+    true, explained = subject.class_names(labels[shown]), subject.class_names(classes[targets[shown]])
+    pairs = zip(indices.tolist(), true, explained, strict=True)
     return "Row by row (image: class, explained): " + "; ".join(f"{i}: {t}, {e}" for i, t, e in pairs) + "."
 
 
@@ -226,8 +221,8 @@ def _images_table(
 ) -> Table:
     columns: dict[str, list[Any]] = {"index": indices.tolist()}
     if labels is not None and targets is not None and classes is not None:
-        columns["label"] = _names(labels, torch.arange(int(labels.max()) + 1), subject)
-        columns["explained"] = _names(targets, classes, subject)
+        columns["label"] = subject.class_names(labels)
+        columns["explained"] = subject.class_names(classes[targets])
     columns |= {
         "value": found.value.tolist(),
         "input_term": found.input_term.tolist(),

@@ -89,6 +89,11 @@ class Subject:
             raise GeomsslError(f"{what} on {self.source.name}, which has no labels", "a labelled data set", reason="no-labels")
         return labels
 
+    def class_names(self, labels: Tensor) -> list[str]:
+        """The names of those labels; a label without a name is its number."""
+        names = self.source.classes
+        return [str(names[label]) if label < len(names) else str(label) for label in labels.tolist()]
+
     def choose(self, options: Options, part: Part = "own") -> Tensor:
         """Sorted indices of the images to use: all of the split, or a seeded draw of options.n of them."""
         total = len(self._source(part))
@@ -115,7 +120,10 @@ class Subject:
         view: None for plain images, or (policy, seed, number): view `number` of each image, its parameters drawn for the
         whole set at once, so that they do not depend on the batch size. Computed once; kept on disk beyond `memory` bytes.
         """
-        return self._cached((layer, part, view, tuple(indices.tolist())), lambda: self._run(indices, layer, part, view))
+        key = (layer, part, view, tuple(indices.tolist()))
+        if key not in self._cache:
+            self._cache[key] = self._run(indices, layer, part, view)
+        return self._cache[key]
 
     @torch.no_grad()
     def _run(self, indices: Tensor, layer: Layer, part: Part, view: tuple[Transform, int, int] | None) -> Tensor:
@@ -128,11 +136,10 @@ class Subject:
             policy, seed, number = view
             size = (self._source(part).size,) * 2
             params = policy.sample(len(indices), generator(seed, f"view-{part}", number), size)
-        found, start, out = 0, 0, None
+        found, out = 0, None
         for chunk, images in self.batches(indices, f"features {layer}", part):
             if params is not None:
-                images = view[0](images, params[start : start + len(chunk)].to(self.device))  # type: ignore[index]
-            start += len(chunk)
+                images = view[0](images, params[found : found + len(chunk)].to(self.device))  # type: ignore[index]
             if layer == "pixels":
                 values = images.flatten(1)
             else:
@@ -155,11 +162,6 @@ class Subject:
             weakref.finalize(self, shutil.rmtree, self._spill, True)
         path = self._spill / f"{len(self._cache)}.bin"
         return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
-
-    def _cached(self, key: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-        if key not in self._cache:
-            self._cache[key] = make()
-        return self._cache[key]
 
     def random_twin(self) -> Subject | None:
         """The same subject with the encoder at its random initialisation (no projector), or None where that is unknown."""
