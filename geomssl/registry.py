@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -67,8 +68,6 @@ def resolve(kind: str, name: str) -> Any:
 
 def load_attribute(path: str, kind: str) -> Any:
     """`package.module:attribute`, with the current folder importable, as `python -m` has it."""
-    import sys
-
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:

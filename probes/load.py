@@ -17,7 +17,8 @@ from geomssl.config import merge
 from geomssl.data.base import Source, Split
 from geomssl.encoders import wrap
 from geomssl.encoders.base import Encoder
-from geomssl.errors import GeomsslError, unknown
+from geomssl.encoders.wrap import submodule
+from geomssl.errors import GeomsslError
 from geomssl.probes.subject import Subject
 from geomssl.recipe import build, refuse_strangers
 from geomssl.registry import load_attribute
@@ -99,7 +100,7 @@ def from_factory(
     if weights:
         _load_weights(module, weights)
     if projector:
-        module, head = Before(module, projector), _layer(module, projector)
+        module, head = Before(module, projector), submodule(module, projector)
     return Subject(
         wrap(module, in_channels=source.channels), source, projector=head, train=train,
         untrained=(lambda: wrap(untrained, in_channels=source.channels)) if untrained is not None else None, **how,
@@ -113,11 +114,11 @@ class Before(nn.Module):
     def __init__(self, module: nn.Module, layer: str) -> None:
         super().__init__()
         self.module, self.layer = module, layer
-        _layer(module, layer)
+        submodule(module, layer)
 
     def forward(self, images: Tensor) -> Tensor:
         caught: list[Tensor] = []
-        hook = _layer(self.module, self.layer).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
+        hook = submodule(self.module, self.layer).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
         try:
             self.module(images)
         finally:
@@ -125,13 +126,6 @@ class Before(nn.Module):
         if not caught:
             raise GeomsslError(f"--projector {self.layer}: the layer is never called", "a layer of the forward pass")
         return caught[0].flatten(1)
-
-
-def _layer(module: nn.Module, name: str) -> nn.Module:
-    layers = dict(module.named_modules())
-    if name not in layers or not name:
-        raise unknown("layer", name, [n for n in layers if n])
-    return layers[name]
 
 
 def _load_weights(module: nn.Module, path: Path | str) -> None:

@@ -26,18 +26,25 @@ def wrap(module: nn.Module, layer: str | None = None, in_channels: int = 3) -> E
     return Wrapped(module, layer, in_channels)
 
 
+def submodule(module: nn.Module, layer: str) -> nn.Module:
+    """The layer of that dotted name; GeomsslError naming the nearest where there is none."""
+    layers = {name: found for name, found in module.named_modules() if name}
+    if layer not in layers:
+        raise GeomsslError(
+            f"unknown layer {layer!r} of {type(module).__name__}", "a name from named_modules()",
+            nearest(layer, layers), reason="unknown-name",
+        )
+    return layers[layer]
+
+
 class Wrapped(Encoder):
     """A module seen as an Encoder: G = 1, group None. `dim` and `default_action` are known after the first pass."""
 
     def __init__(self, module: nn.Module, layer: str | None, in_channels: int) -> None:
         super().__init__()
         self.module, self.layer, self.in_channels = module, layer, in_channels
-        names = [name for name, _ in module.named_modules() if name]
-        if layer is not None and layer not in names:
-            raise GeomsslError(
-                f"unknown layer {layer!r} of {type(module).__name__}", "a name from named_modules()",
-                nearest(layer, names), reason="unknown-name",
-            )
+        if layer is not None:
+            submodule(module, layer)
         self._shape: tuple[int, ...] | None = None
 
     @property
@@ -72,7 +79,7 @@ class Wrapped(Encoder):
         if self.layer is None:
             return self.module(images)
         seen: list[Any] = []
-        hook = self.module.get_submodule(self.layer).register_forward_hook(lambda _, __, output: seen.append(output))
+        hook = submodule(self.module, self.layer).register_forward_hook(lambda _, __, output: seen.append(output))
         try:
             self.module(images)
         finally:
