@@ -23,12 +23,12 @@ from geomssl.registry import names
 
 COMMANDS = {
     "demo": ("geomssl.demo:command", "train, measure, report and gate on embedded data"),
-    "train": ("geomssl.commands:train", "train an encoder by a recipe"),
-    "probe": ("geomssl.commands:probe", "run every probe, features computed once"),
-    "report": ("geomssl.commands:report", "one HTML file from the artifacts of one run or more"),
-    "gate": ("geomssl.commands:gate", "judge a run by rules; exit 1 where it fails"),
-    "datasets": ("geomssl.commands:datasets", "list the data sets"),
-    "recipes": ("geomssl.commands:recipes", "list the installed recipes"),
+    "train": ("geomssl.commands.training:train", "train an encoder by a recipe"),
+    "probe": ("geomssl.commands.probing:probe", "run every probe, features computed once"),
+    "report": ("geomssl.commands.judging:report", "one HTML file from the artifacts of one run or more"),
+    "gate": ("geomssl.commands.judging:gate", "judge a run by rules; exit 1 where it fails"),
+    "datasets": ("geomssl.commands.listing:datasets", "list the data sets"),
+    "recipes": ("geomssl.commands.listing:recipes", "list the installed recipes"),
 }
 
 
@@ -43,7 +43,7 @@ class Commands(click.Group):
             module, _, attribute = COMMANDS[name][0].partition(":")
             return getattr(importlib.import_module(module), attribute)
         if name in names("probe"):
-            from geomssl.commands import probe_command
+            from geomssl.commands.probing import probe_command
 
             return probe_command(name)
         return None

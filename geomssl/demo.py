@@ -36,7 +36,7 @@ def command(out: str, seed: int, quiet: bool) -> int:
     from importlib.resources import files as resources
 
     from geomssl import device, files, training
-    from geomssl.commands import measure, measure_all
+    from geomssl.commands.probing import measure, measure_all
     from geomssl.probes import load
     from geomssl.progress import shown, track
     from geomssl.recipe import build, read

@@ -1,0 +1,1 @@
+"""What each command does: settings from flags, then one call into the core, the probes or the reports."""
