@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -180,11 +180,18 @@ class Trainer:
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         files.write(checkpoint.folder(self.out) / "metrics.jsonl", lines)
 
-    def run(self, stop_after: int | None = None) -> list[dict[str, Any]]:
-        """Train to the recipe's last epoch, or for `stop_after` epochs, and return the history."""
+    def run(
+        self, stop_after: int | None = None, after_epoch: Callable[[Trainer], None] | None = None
+    ) -> list[dict[str, Any]]:
+        """Train to the recipe's last epoch, or for `stop_after` epochs, and return the history.
+
+        after_epoch: called with this trainer before the first step (epoch 0) and after every epoch, once its row is in the
+        history and what is due is saved; in eval mode, without gradients, and without an effect on the training.
+        """
         last = self.recipe.epochs if stop_after is None else min(self.recipe.epochs, self.epoch + stop_after)
         if self.epoch == 0:
             self.save()
+            self._tell(after_epoch)
         what = f"training {self.recipe.objective.name} on {self.recipe.encoder.name}"  # type: ignore[attr-defined]
         for _ in track(range(self.epoch, last), what):
             started = time.monotonic()
@@ -195,7 +202,24 @@ class Trainer:
             self.history.append(row)
             if self.epoch == last or self.epoch % self.recipe.checkpoint_every == 0:
                 self.save()
+            self._tell(after_epoch)
         return self.history
+
+    def _tell(self, after_epoch: Callable[[Trainer], None] | None) -> None:
+        """Call `after_epoch`, and restore the modes, the gradients' flags and the global generators that it may have moved."""
+        if after_epoch is None:
+            return
+        modes = [(module, module.training) for module in self.learner.modules()]
+        needed = [(parameter, parameter.requires_grad) for parameter in self.learner.parameters()]
+        self.learner.eval()
+        try:
+            with torch.no_grad(), seeded(self.recipe.seed, "after-epoch", self.epoch):
+                after_epoch(self)
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for parameter, flag in needed:
+                parameter.requires_grad_(flag)
 
     def _epoch(self) -> dict[str, Any]:
         """One pass over the training images in a seeded order; no host synchronisation inside a step."""

@@ -65,6 +65,32 @@ def test_the_seed_decides_everything(tmp_path):
     assert first[0]["loss"] != other[0]["loss"]
 
 
+def test_after_epoch_sees_every_epoch_and_changes_nothing(tmp_path):
+    """Whatever it does to modes, flags and global generators, the training goes on as without it."""
+    seen = []
+
+    def meddle(trainer):
+        assert not any(module.training for module in trainer.learner.modules())
+        assert not torch.is_grad_enabled()
+        assert checkpoint.load(trainer.out)["epoch"] == trainer.epoch == len(trainer.history)
+        seen.append(trainer.epoch)
+        trainer.learner.requires_grad_(False).train()
+        torch.manual_seed(7)
+        random.seed(7)
+
+    chosen = recipe("supervised", epochs=2)
+    watched = training.start(chosen, tmp_path / "watched.pt", CPU)
+    before = torch.get_rng_state(), random.getstate()
+    watched.run(stop_after=1, after_epoch=meddle)
+    watched = training.resume(tmp_path / "watched.pt", CPU)
+    watched.run(after_epoch=meddle)
+    assert seen == [0, 1, 2]
+    assert torch.equal(before[0], torch.get_rng_state())
+    assert before[1] == random.getstate()
+    training.start(chosen, tmp_path / "alone.pt", CPU).run()
+    assert same(checkpoint.load(tmp_path / "watched.pt"), checkpoint.load(tmp_path / "alone.pt"))
+
+
 def test_frozen_leaves_the_encoder_alone(tmp_path):
     chosen = recipe("frozen", epochs=1)
     trainer = training.start(chosen, tmp_path / "f.pt", CPU)
