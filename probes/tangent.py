@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import dataclass
 
 import torch
@@ -15,50 +14,12 @@ from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
 from geomssl.probes import affine, checks, subject
 from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio
+from geomssl.probes.negatives import nearest_negatives
 from geomssl.progress import track
 from geomssl.seeding import generator
 from geomssl.transforms.base import Transform
 
-# similarities closer than this are a tie: products of equal rows may round differently in different places of a matrix
-TIE = 1e-12
-COLUMNS = 512
-ROWS = 1024
 RESAMPLED = "percentile bootstrap over images"
-
-
-def nearest_negatives(z1: Tensor, z2: Tensor) -> Tensor:
-    """The most cosine-similar negative of every anchor z1_i, as an index into cat([z1, z2]).
-
-        l*_i = argmax over l not in {i, N + i} of  <z1_i, z_l> / (||z1_i|| ||z_l||)
-
-    z1, z2: (N, p), N >= 2, the projector's outputs of two views. Returns int64 (N,) on the CPU. Ties (closer than 1e-12)
-    go to the smallest index; a row of length zero is similar to nothing (0). In float64: the maximum of each block of 512
-    columns first, then the index in the winning block. Raises GeomsslError for unequal shapes, fewer than two pairs or NaN.
-    Source: Cosentino et al. 2022, Table 1; cosine, since the unnormalised argmax would break the bound of Eq. 3.
-    """
-    if z1.shape != z2.shape or z1.dim() != 2:
-        given = f"views of shapes {tuple(z1.shape)} and {tuple(z2.shape)}"
-        raise GeomsslError(given, "two matrices (N, p)", reason="bad-shape")
-    if len(z1) < 2:
-        raise GeomsslError(f"{len(z1)} pair of views", "at least 2: one pair has no negatives", reason="batch-too-small")
-    anchors = F.normalize(checks.matrix(z1, "outputs z"), dim=1)
-    others = torch.cat([anchors, F.normalize(checks.matrix(z2, "outputs z"), dim=1)])
-    n, columns = len(anchors), len(others)
-    blocks = -(-columns // COLUMNS)
-    found = []
-    for start in range(0, n, ROWS):
-        block = anchors[start : start + ROWS]
-        rows = torch.arange(len(block))
-        similar = torch.full((len(block), blocks * COLUMNS), -math.inf, dtype=torch.float64)
-        similar[:, :columns] = block @ others.T
-        similar[rows, start + rows] = similar[rows, n + start + rows] = -math.inf
-        by_block = similar.view(len(block), blocks, COLUMNS)
-        best = by_block.amax(dim=2)
-        least = best.amax(dim=1, keepdim=True) - TIE
-        winner = (best >= least).int().argmax(dim=1)
-        within = (by_block[rows, winner] >= least).int().argmax(dim=1)
-        found.append(winner * COLUMNS + within)
-    return torch.cat(found)
 
 
 def unexplained_variance(delta_h: Tensor, weight: Tensor, cutoff: float | None = None) -> float:

@@ -74,6 +74,15 @@ def test_equal_similarities_go_to_the_smallest_index() -> None:
     assert nearest_negatives(z1.float(), z2.float()).tolist() == expected
 
 
+def test_what_float32_cannot_tell_apart_is_decided_in_float64() -> None:
+    """Two negatives at angles a and a (1 + 1e-9): their cosines differ by 1e-10, a thousandth of a float32 step."""
+    angle = 0.3
+    turned = torch.tensor([0.0, angle * (1 + 1e-9), angle, -2.0], dtype=torch.float64)
+    z1 = torch.stack([turned.cos(), turned.sin()], dim=1)
+    assert nearest_negatives(z1, z1)[0] == 2
+    assert nearest_negatives(z1[[0, 2, 1, 3]], z1[[0, 2, 1, 3]])[0] == 1
+
+
 def test_a_row_of_zeros_has_an_answer_and_spoils_no_other() -> None:
     z1, z2 = draw(10, 3), draw(10, 3, seed=1)
     z1[4] = 0
