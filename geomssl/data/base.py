@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from geomssl.data.watch import Watch
 from geomssl.errors import GeomsslError
 
 Split = Literal["train", "val", "test"]
@@ -23,7 +25,9 @@ class Source(ABC):
     labels:       int64 (len,) or None; classes: their names.
     factors:      float (len,) tensors by name: what else is known of each image (view angles, session, ...).
     channels, size: C and the side of the square images.
-    fingerprint:  the first 12 hexadecimal digits of a SHA-256 that changes when the images do.
+    fingerprint:  the first 12 hexadecimal digits of the SHA-256 of all pixels, in order: it changes when the images do.
+    notes:        sentences that a reader of a result must know (images that were left out).
+    watch:        the files it was read from, or None where it is embedded.
     """
 
     name: str
@@ -34,6 +38,8 @@ class Source(ABC):
     channels: int
     size: int
     fingerprint: str
+    notes: tuple[str, ...] = ()
+    watch: Watch | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -45,6 +51,17 @@ class Source(ABC):
     def to(self, device: torch.device | str) -> Source:
         """The same source, handing out images on `device`."""
         return self
+
+    def prefetch(self, indices: Tensor) -> None:
+        """Say which images will be asked for next, so that a source on disk can fetch them meanwhile. Never needed."""
+
+    def check(self) -> None:
+        """Raise GeomsslError (reason "changed-data") that names a file behind this source which is not as it was read.
+
+        One stat a file; nothing is read again. For the start of an epoch.
+        """
+        if self.watch is not None:
+            self.watch.check()
 
 
 class Resident(Source):
@@ -58,6 +75,8 @@ class Resident(Source):
         labels: Tensor | None,
         classes: Sequence[str] = (),
         factors: Mapping[str, Tensor] | None = None,
+        watch: Watch | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         if pixels.dtype != torch.uint8 or pixels.dim() != 4 or pixels.shape[2] != pixels.shape[3]:
             raise GeomsslError(f"images of {name}: {pixels.dtype} {tuple(pixels.shape)}", "uint8 (n, C, size, size)")
@@ -69,6 +88,7 @@ class Resident(Source):
         self.classes = tuple(classes)
         self.factors = dict(factors or {})
         self.channels, self.size = pixels.shape[1], pixels.shape[2]
+        self.watch, self.notes = watch, tuple(notes)
 
     @cached_property
     def fingerprint(self) -> str:  # type: ignore[override]
@@ -81,7 +101,9 @@ class Resident(Source):
         return self.pixels[indices.to(self.pixels.device)]
 
     def to(self, device: torch.device | str) -> Resident:
-        return Resident(self.name, self.split, self.pixels.to(device), self.labels, self.classes, self.factors)
+        moved = copy.copy(self)
+        moved.pixels = self.pixels.to(device)
+        return moved
 
 
 def to_unit(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
