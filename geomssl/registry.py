@@ -21,6 +21,9 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
     "encoder": {
         "cnn": ("geomssl.encoders.cnn:CNN", "a plain convolutional network, no group"),
         "c4-cnn": ("geomssl.encoders.cnn:C4CNN", "its twin with C4 group convolutions, exact under 90-degree turns"),
+        "resnet18": ("geomssl.encoders.residual:ResNet18", "ResNet-18 with a 3x3 stem and no max-pool, no group"),
+        "c4-resnet18": ("geomssl.encoders.residual:C4ResNet18", "its twin with C4 group convolutions, exact under 90-degree turns"),
+        "vit-small": ("geomssl.encoders.vit:ViT", "a vision transformer, 12 blocks of width 384"),
         "mlp": ("geomssl.encoders.mlp:MLP", "a multilayer perceptron on pixels, read as fibres without structure"),
     },
     "optimizer": {
@@ -30,11 +33,14 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
     "dataset": {
         "digits": ("geomssl.data.digits:Digits", "scikit-learn's 1,797 scanned digits, 8x8, embedded"),
         "folder": ("geomssl.data.folder:Folder", "images on disk, one sub-folder a class: folder:PATH"),
+        "fields": ("geomssl.data.rendered:FieldsSet", "band-limited random fields, drawn from formulas, embedded"),
+        "phantoms": ("geomssl.data.rendered:PhantomsSet", "smooth-edged shapes on black, drawn from formulas, embedded"),
     },
     "probe": {
         "equivariance": ("geomssl.probes.equivariance", "how far f(T_g x) is from the declared action on f(x)"),
         "rank": ("geomssl.probes.rank", "rank of the projector and of the features, for every threshold"),
         "tangent": ("geomssl.probes.tangent", "the span of delta-h: unexplained variance and label match"),
+        "bound": ("geomssl.probes.bound", "InfoNCE of batches as in training beside its upper bound"),
         "linear": ("geomssl.probes.linear", "accuracy of a linear classifier and of nearest neighbours"),
         "embed": ("geomssl.probes.embed", "a PaCMAP map of the features with its trustworthiness"),
         "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual"),

@@ -20,7 +20,7 @@ from geomssl.encoders.base import Encoder
 from geomssl.encoders.wrap import submodule
 from geomssl.errors import GeomsslError
 from geomssl.probes.subject import Subject
-from geomssl.recipe import build, refuse_strangers
+from geomssl.recipe import Recipe, build, refuse_strangers
 from geomssl.registry import load_attribute
 from geomssl.seeding import seeded
 from geomssl.training import build_encoder, initialise
@@ -51,24 +51,40 @@ def from_checkpoint(
             f"{source.name} has {source.channels} channels", f"{trained_on.channels}, as the encoder of {path}",
             reason="bad-shape",
         )
+    return of_run(
+        recipe, state["weights"], trained_on, source, train,
+        {
+            "run": path.stem, "checkpoint": path.name, "checkpoint_sha256": checkpoint.digest(path), "epoch": state["epoch"],
+        },
+        **how,
+    )
+
+
+def of_run(
+    recipe: Recipe, weights: Mapping[str, Tensor], trained_on: Source, source: Source, train: Source | None,
+    provenance: Mapping[str, Any], **how: Any,
+) -> Subject:
+    """The subject of a run's weights: its modules are made anew from the recipe, so that a training's own stay as they are.
+
+    trained_on: the run's training split, whose shape the encoder has. source, train: what is measured. how: of Subject.
+    """
     learner = initialise(recipe, trained_on.channels, trained_on.size, len(trained_on.classes))
-    learner.load_state_dict(state["weights"])
+    learner.load_state_dict(weights)
 
     def untrained() -> Encoder:
         with seeded(recipe.seed, "initialise"):
             return build_encoder(recipe, trained_on.channels, trained_on.size)
 
+    known = recipe.objective.model_dump()
     return Subject(
         learner.encoder, source, projector=learner.objective.projector,
         projector_note=learner.objective.projector_note, train=train, policy=learner.objective.policy,
         untrained=untrained, **how,
+        trained={"batch_size": recipe.batch_size} | {k: known[k] for k in ("beta", "denominator") if k in known},
         provenance={
-            "run": path.stem,
-            "checkpoint": path.name,
-            "checkpoint_sha256": checkpoint.digest(path),
+            **provenance,
             "objective": recipe.objective.name,  # type: ignore[attr-defined]
             "encoder": recipe.encoder.name,  # type: ignore[attr-defined]
-            "epoch": state["epoch"],
             "seed": recipe.seed,
             **_about(source, how),
         },

@@ -43,6 +43,7 @@ class Subject:
     projector_note: what a reader must know of the projector (it was trained on something else than h), or None.
     policy:    the transform that drew the training views, or None where unknown.
     untrained: makes the same encoder at its random initialisation, or None where that is unknown.
+    trained:   what is known of the training that a probe may take as its default: batch_size, beta, denominator.
     """
 
     encoder: Any
@@ -52,6 +53,7 @@ class Subject:
     train: Source | None = None
     policy: Transform | None = None
     untrained: Callable[[], Any] | None = None
+    trained: dict[str, Any] = field(default_factory=dict)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     batch_size: int = 256
@@ -82,6 +84,15 @@ class Subject:
     def projector_remarks(self) -> list[str]:
         """Sentences for the notes of a probe that feeds h to the projector."""
         return [self.projector_note] if self.projector is not None and self.projector_note else []
+
+    def training_policy(self, notes: list[str]) -> Transform:
+        """The transform that drew the training views; the policy simclr, and a note, where that is unknown."""
+        if self.policy is not None:
+            return self.policy
+        from geomssl.transforms import policy
+
+        notes.append("The augmentation of the training is not known: the views are drawn by the policy simclr.")
+        return policy("simclr")
 
     def need_labels(self, what: str, part: Part = "own") -> Tensor:
         labels = self._source(part).labels

@@ -17,7 +17,6 @@ from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio
 from geomssl.probes.negatives import nearest_negatives
 from geomssl.progress import track
 from geomssl.seeding import generator
-from geomssl.transforms.base import Transform
 
 RESAMPLED = "percentile bootstrap over images"
 
@@ -115,7 +114,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     subject.need(4, "nearest negatives")
     indices = subject.choose(options)
     notes: list[str] = []
-    policy = _policy(subject, notes)
+    policy = subject.training_policy(notes)
     views = [(policy, options.seed, number) for number in (1, 2)]
     h1, h2 = (subject.features(indices, "h", view=view) for view in views)
     z1, z2 = (checks.varied(subject.features(indices, "z", view=view), "projector outputs") for view in views)
@@ -164,15 +163,6 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         options=options.model_dump(mode="json"),
         provenance=subject.provenance,
     )
-
-
-def _policy(subject: subject.Subject, notes: list[str]) -> Transform:
-    if subject.policy is not None:
-        return subject.policy
-    from geomssl.transforms import policy
-
-    notes.append("The augmentation of the training is not known: the two views are drawn by the policy simclr.")
-    return policy("simclr")
 
 
 def _groups(n: int, options: Options) -> list[Tensor]:
