@@ -23,6 +23,9 @@ class Photometric(Transform):
     colour_only: bool = False
     """Is the identity on one channel."""
 
+    pointwise: bool = True
+    """Does every pixel depend on itself alone, so that it commutes with whatever moves pixels?"""
+
     @abstractmethod
     def colour(self, pixels: Tensor, params: Tensor) -> Tensor:
         """Change pixels (n, C, H, W) in the working dtype by checked parameters (n, P)."""
@@ -116,6 +119,7 @@ class Jitter(Photometric):
     """
 
     name = "jitter"
+    pointwise = False  # its contrast looks at the mean of the image
 
     def __init__(
         self, brightness: float = 0.4, contrast: float = 0.4, saturation: float = 0.4, hue: float = 0.1, p: float = 0.8
@@ -162,6 +166,7 @@ class Contrast(Brightness):
 
     name = "contrast"
     needs_colour = True
+    pointwise = False
 
     def colour(self, pixels: Tensor, params: Tensor) -> Tensor:
         return adjust_contrast(pixels, params[:, 0])
@@ -228,6 +233,7 @@ class GaussianBlur(Photometric):
 
     name = "gaussian-blur"
     needs_colour = False
+    pointwise = False
 
     def __init__(self, kernel_size: int = 5, sigma: tuple[float, float] = (0.1, 2.0), p: float = 0.5) -> None:
         require(kernel_size >= 1 and kernel_size % 2 == 1, f"GaussianBlur(kernel_size={kernel_size})", "an odd size")
