@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from geomssl.errors import GeomsslError
-from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio, resampled_sums
+from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio, interval, resampled_sums
 
 
 def test_the_interval_of_a_mean_covers_it_as_often_as_it_says():
@@ -36,6 +36,50 @@ def test_the_interval_of_a_ratio_covers_it_as_often_as_it_says():
     missed_above = float((torch.cat(low) > true).double().mean())
     assert missed_below < 0.07
     assert missed_above < 0.07
+
+
+def test_the_upper_end_of_a_ratio_of_skewed_errors_misses_as_often_as_it_says():
+    trials, n, level = 400, 64, 0.95
+    g = torch.Generator().manual_seed(7)
+    below = 1 + torch.rand(n, trials, generator=g, dtype=torch.float64)
+    above = below * torch.empty(n, trials, dtype=torch.float64).exponential_(generator=g)
+    missed = float((bootstrap_ratio(above, below, 0, level)[1] < 1).double().mean())
+    drawn = resampled_sums(torch.cat([above, below], dim=1), 0, 2000)
+    percentile = float((interval(drawn[:, :trials] / drawn[:, trials:], level)[1] < 1).double().mean())
+    # 0.025 are promised; a standard error of 400 trials is 0.008. The percentile interval alone misses about twice as often.
+    assert missed <= 0.025 + 3 * 0.008
+    assert percentile > missed
+
+
+def test_the_ends_are_those_of_a_loop_over_resamples():
+    n, resamples, level = 12, 300, 0.8
+    g = torch.Generator().manual_seed(8)
+    below = 1 + torch.rand(n, 1, generator=g, dtype=torch.float64)
+    above = below * torch.empty(n, 1, dtype=torch.float64).exponential_(generator=g)
+    counts = resampled_sums(torch.eye(n, dtype=torch.float64), 3, resamples)
+    whole = float(above.sum() / below.sum())
+
+    def error(rows):
+        r = float(above[rows].sum() / below[rows].sum())
+        return r, float(((above[rows] - r * below[rows]) ** 2).sum().sqrt() / below[rows].sum())
+
+    seen = [error(torch.repeat_interleave(torch.arange(n), row.long())) for row in counts]
+    tails = torch.tensor([0.1, 0.9], dtype=torch.float64)
+    percentile = torch.tensor([r for r, _ in seen], dtype=torch.float64).quantile(tails)
+    student = torch.tensor([(r - whole) / s for r, s in seen], dtype=torch.float64).quantile(tails)
+    ends = whole - error(torch.arange(n))[1] * student.flip(0)
+    low, high = bootstrap_ratio(above, below, 3, level, resamples)
+    assert float(low) == pytest.approx(math.sqrt(min(percentile[0], ends[0])), rel=1e-9)
+    assert float(high) == pytest.approx(math.sqrt(max(percentile[1], ends[1])), rel=1e-9)
+
+
+def test_two_images_have_an_interval_and_many_columns_are_those_of_one():
+    g = torch.Generator().manual_seed(9)
+    above, below = torch.rand(2, 70, 20, generator=g, dtype=torch.float64)
+    assert bootstrap_ratio(above[:2], below[:2], 0)[1].isfinite().all()
+    whole = bootstrap_ratio(above.T, below.T, 0, resamples=200)
+    last = bootstrap_ratio(above.T[:, 69:], below.T[:, 69:], 0, resamples=200)
+    assert torch.allclose(whole[1][69:], last[1], rtol=1e-12)
 
 
 def test_the_spread_of_the_resampled_sums_is_the_one_of_the_multinomial():
