@@ -27,14 +27,20 @@ def info_nce(
         pooled     D_i = sum over k != i and j, l in {1, 2} of exp(beta s(zj_i, zl_k)): 4(N-1) terms
 
     z1, z2: (N, p), N >= 2. beta: inverse temperature, >= 0. symmetric: the mean over both directions, as SimCLR trains
-    (pooled is symmetric by itself). Returns a scalar in the dtype of z1, sums of exponentials by log-sum-exp.
+    (pooled is symmetric by itself). Returns a scalar in the dtype of z1, sums of exponentials by log-sum-exp; half
+    precision is computed and returned in float32, also under autocast.
     Raises GeomsslError for fewer than two pairs, unequal shapes or an unknown denominator.
     Sources: decoupled, Cosentino et al., Eq. 1; pooled, Keller et al., Eq. 2 and 3; nt-xent, Chen et al. 2020.
     """
     _check(z1, z2, beta)
     if denominator not in get_args(Denominator):
         raise unknown("denominator", denominator, get_args(Denominator))
-    a, b = F.normalize(z1, dim=1), F.normalize(z2, dim=1)
+    with torch.autocast(z1.device.type, enabled=False):
+        return _info_nce(*(F.normalize(wide(z), dim=1) for z in (z1, z2)), beta, denominator, symmetric)
+
+
+def _info_nce(a: Tensor, b: Tensor, beta: float, denominator: Denominator, symmetric: bool) -> Tensor:
+    """The same of unit rows."""
     positive = beta * (a * b).sum(dim=1)
     own = torch.eye(len(a), dtype=torch.bool, device=a.device)
     across = (beta * a @ b.T).masked_fill(own, -math.inf)
@@ -47,6 +53,11 @@ def info_nce(
     forward = _log_denominator([across, within1], positive, denominator)
     backward = _log_denominator([across.T, within2], positive, denominator)
     return ((forward + backward) / 2 - positive).mean()
+
+
+def wide(values: Tensor) -> Tensor:
+    """Half precision as float32; float32 and float64 as they are. Losses are computed on this."""
+    return values.float() if values.dtype in (torch.bfloat16, torch.float16) else values
 
 
 @dataclass(frozen=True)

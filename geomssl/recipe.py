@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -20,15 +20,23 @@ DEFAULTS: dict[str, Any] = {
     "objective": {"name": "simclr"},
     "optim": {"name": "sgd"},
 }
+# what merely rounds differently: a resumed run may change these, as it may change device and number of processes
+MACHINE = {"channels_last", "compile"}
 
 
 class Recipe(Settings):
-    """Everything that decides a run but the machine it runs on."""
+    """Everything that decides a run but the device and the number of processes."""
 
     seed: int = Field(0, ge=0, description="seed of every draw")
     epochs: int = Field(60, ge=1, description="epochs of the whole training")
     batch_size: int = Field(128, ge=2, description="images a step; the last, smaller batch of an epoch is left out")
     checkpoint_every: int = Field(1, ge=1, description="epochs between two writes of run.pt")
+    precision: Literal["float32", "tf32", "bf16", "fp16"] = Field(
+        "float32", description="bf16 and fp16 by autocast, tf32 on cuda; losses stay in float32"
+    )
+    channels_last: bool = Field(False, description="keep images and filters channels-last")
+    compile: bool = Field(False, description="torch.compile of the encoder")
+    micro_batch: int | None = Field(None, ge=2, description="images a pass of the encoder: gradient caching for large batches")
     classifier_lr: float = Field(0.1, gt=0, description="learning rate of the detached online classifier")
     dataset: SerializeAsAny[Settings]
     encoder: SerializeAsAny[Settings]

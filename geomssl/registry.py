@@ -29,6 +29,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
     "optimizer": {
         "sgd": ("geomssl.optim:SGD", "stochastic gradient descent with momentum"),
         "adamw": ("geomssl.optim:AdamW", "Adam with decoupled weight decay"),
+        "lars": ("geomssl.optim:LARS", "momentum with layer-wise adaptive rates, for large batches"),
     },
     "dataset": {
         "digits": ("geomssl.data.digits:Digits", "scikit-learn's 1,797 scanned digits, 8x8, embedded"),

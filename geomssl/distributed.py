@@ -1,0 +1,200 @@
+"""One training in several processes under torchrun: rows gathered with their gradient, means over ranks, one voice for all."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from geomssl.device import device
+from geomssl.errors import GeomsslError
+
+HALF = (torch.bfloat16, torch.float16)
+_store: dist.Store | None = None
+
+
+def world() -> int:
+    """The number of processes of this training."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Which of them this one is, from 0. Rank 0 alone writes and prints."""
+    return dist.get_rank() if world() > 1 else 0
+
+
+def shard(n: int) -> slice:
+    """The rows of a batch of n that belong to this process: n / world in a row, in the order of the ranks."""
+    own = n // world()
+    return slice(rank() * own, (rank() + 1) * own)
+
+
+class _Gather(torch.autograd.Function):
+    """Rows of every process; the gradient is the SUM over processes of what each sends back to this one's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        rows = rows.contiguous()
+        parts = [torch.empty_like(rows) for _ in range(world())]
+        dist.all_gather(parts, rows)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        whole = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(whole)
+        return whole[shard(len(whole))]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows (n, ...) of every process, in the order of the ranks: (n world, ...). Differentiable; alone, the identity.
+
+    Each process computes the whole loss L of the joined batch from them. The backward pass sums the gradients that the
+    processes send to a row, world · dL/drow, and the mean over processes that DistributedDataParallel takes of the weights'
+    gradients gives dL/dw: exactly one process's gradient on the joined batch. Every process must pass as many rows. Half
+    precision travels as float32, so that the sum is not rounded.
+    """
+    if world() == 1:
+        return rows
+    return _Gather.apply(rows.float() if rows.dtype in HALF else rows).to(rows.dtype)
+
+
+def mean(values: Tensor) -> Tensor:
+    """The mean over the processes, on all of them."""
+    return total(values) / world() if world() > 1 else values
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the processes, on all of them."""
+    if world() == 1:
+        return values
+    values = values.clone()
+    dist.all_reduce(values)
+    return values
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace every gradient by its mean over the processes, in one exchange for each number type."""
+    if world() > 1:
+        _average([p.grad for p in parameters if p.grad is not None])
+
+
+def average_buffers(module: nn.Module) -> None:
+    """Replace running statistics by their mean over the processes; counters are equal already."""
+    if world() > 1:
+        _average([b for b in module.buffers() if b.is_floating_point()])
+
+
+@torch.no_grad()
+def _average(tensors: list[Tensor]) -> None:
+    for dtype in {t.dtype: None for t in tensors}:
+        alike = [t for t in tensors if t.dtype == dtype]
+        joined = mean(torch.cat([t.reshape(-1) for t in alike]))
+        for tensor, part in zip(alike, joined.split([t.numel() for t in alike]), strict=True):
+            tensor.copy_(part.view(tensor.shape))
+
+
+def wait() -> None:
+    """Until every process is here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def check_batch(batch_size: int) -> None:
+    """Raise GeomsslError unless every process gets as many images of a batch, and at least one."""
+    if batch_size < world():
+        raise GeomsslError(
+            f"{world()} processes for a batch of {batch_size}", f"at most {batch_size} processes (--nproc-per-node)",
+            reason="too-many-processes",
+        )
+    if batch_size % world():
+        nearest = batch_size // world() * world()
+        raise GeomsslError(
+            f"batch_size = {batch_size} for {world()} processes", f"a multiple of {world()}, such as {nearest}",
+            reason="bad-value",
+        )
+
+
+@contextmanager
+def session(name: str) -> Iterator[torch.device]:
+    """The device of this process; joins the others where torchrun started several (gloo on the CPU, nccl on cuda).
+
+    name: auto, cpu, cuda, ... as device.device() takes it; with several processes each takes the GPU of its local rank.
+    Of an error only the first process to meet one speaks; the others exit with 2 in silence. A process that is lost ends
+    the job for all: the others get a GeomsslError (reason "lost-rank").
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or "RANK" not in os.environ:
+        yield device(name)
+        return
+    global _store
+    chosen = _own_device(name)
+    _store, number, size = next(dist.rendezvous("env://"))
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=_store, rank=number, world_size=size)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        yield chosen
+        wait()
+    except BaseException as error:
+        # torchrun now ends the others, and this one while it speaks
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if not _first():
+            raise SystemExit(130 if isinstance(error, KeyboardInterrupt) else 2) from None
+        if _broken(error):
+            raise _lost() from error
+        raise
+    else:
+        dist.destroy_process_group()
+        signal.signal(signal.SIGTERM, before)
+    finally:
+        _store = None
+
+
+def _own_device(name: str) -> torch.device:
+    chosen, local = device(name), int(os.environ.get("LOCAL_RANK", "0"))
+    if chosen.type == "cpu":
+        return chosen
+    if chosen.type != "cuda" or chosen.index is not None:
+        raise GeomsslError(f"--device {name} with several processes", "cpu, or cuda without a number", reason="no-device")
+    there = torch.cuda.device_count()
+    if local >= there:
+        raise GeomsslError(
+            f"process {local + 1} on a machine with {there} GPUs", f"--nproc-per-node {there}, or --device cpu",
+            reason="no-device",
+        )
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def _first() -> bool:
+    """True for one process of the job only: the first that asks. The store lives in torchrun and outlives every rank."""
+    assert _store is not None
+    try:
+        return _store.add(f"geomssl/spoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
+    except (RuntimeError, ValueError):
+        return rank() == 0
+
+
+def _broken(error: BaseException) -> bool:
+    """Is this what a collective says when a peer is gone?"""
+    said = str(error)
+    return isinstance(error, RuntimeError) and (
+        isinstance(error, dist.DistError) or any(word in said for word in ("gloo", "closed by peer", "reset by peer"))
+    )
+
+
+def _lost() -> GeomsslError:
+    return GeomsslError(
+        f"a rank was lost: one of {world()} processes ended early",
+        "all of them alive; the checkpoint keeps the last whole epoch, --resume continues it", reason="lost-rank",
+    )
+
+
+def _terminated(number: int, frame: Any) -> None:
+    """SIGTERM is how torchrun ends the processes that are left when one is lost."""
+    raise _lost()
