@@ -1,9 +1,10 @@
-"""Where the pixels of a feature map sit on the image: stride and offset, read off the layers that a pass goes through."""
+"""Where the pixels of a feature map sit on the image and how far they see, read off the layers that a pass goes through."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -21,11 +22,14 @@ class Geometry:
 
     source: "layers" where strides, paddings and dilations gave it; "sizes" where only the ratio of sizes was to be had
     (the fallback: 33 -> 17 is then .515, though a layer of stride 2 is 1/2).
+    reach: half the receptive field: feature pixel i depends on pixels within `reach` of its place and on no others.
+    Infinite where a statistic of the whole map enters (attention, group normalisation, a global mean), or where unknown.
     """
 
     stride: Axis
     offset: Axis
     source: Literal["layers", "sizes"] = "layers"
+    reach: Axis = field(default=(math.inf, math.inf), compare=False)
 
     @classmethod
     def from_sizes(cls, image_size: Size, feature_size: Size) -> Geometry:
@@ -33,13 +37,23 @@ class Geometry:
         stride = (image_size[0] / feature_size[0], image_size[1] / feature_size[1])
         return cls(stride, ((stride[0] - 1) / 2, (stride[1] - 1) / 2), "sizes")
 
-    def then(self, stride: Axis, offset: Axis) -> Geometry:
-        """The map after a layer whose output i sits at offset + stride i of its input."""
+    def then(self, stride: Axis, offset: Axis, half: Axis) -> Geometry:
+        """The map after a layer whose output i reads its input within `half` of offset + stride i."""
         return Geometry(
             (self.stride[0] * stride[0], self.stride[1] * stride[1]),
             (self.offset[0] + self.stride[0] * offset[0], self.offset[1] + self.stride[1] * offset[1]),
             self.source,
+            (self.reach[0] + self.stride[0] * half[0], self.reach[1] + self.stride[1] * half[1]),
         )
+
+    def clean(self, length: int, image_length: int, axis: int) -> tuple[int, int]:
+        """First and last feature pixel along an axis whose receptive field stays on the image; first > last where none does."""
+        near = self.reach[axis] - self.offset[axis]
+        far = image_length - 1 - self.reach[axis] - self.offset[axis]
+        if not math.isfinite(near):
+            return 0, -1
+        first, last = math.ceil(near / self.stride[axis] - 1e-9), math.floor(far / self.stride[axis] + 1e-9)
+        return max(0, first), min(length - 1, last)
 
 
 @torch.no_grad()
@@ -50,23 +64,31 @@ def geometry(features: Callable[[Tensor], Tensor], images: Tensor) -> Geometry:
     they are passes its input's geometry on. Where another operation changes them, or two paths disagree, the ratio of
     sizes stands in. Put a model in eval mode before: the pass runs it as it is.
     """
-    follower = _Follower(images)
-    with follower:
-        output = features(images)
+    output, follower = follow(features, images)
     found = follower.known(output)
     if found is not None:
         return found
     return Geometry.from_sizes((images.shape[2], images.shape[3]), (output.shape[-2], output.shape[-1]))
 
 
-class _Follower(TorchFunctionMode):
+@torch.no_grad()
+def follow(run: Callable[[Tensor], Any], images: Tensor) -> tuple[Any, Follower]:
+    """What run(images) gives, and the follower, which knows the geometry of every tensor of that pass."""
+    follower = Follower(images)
+    with follower:
+        output = run(images)
+    return output, follower
+
+
+class Follower(TorchFunctionMode):
     """Watches every torch call of a pass and keeps the geometry of the tensors that have one."""
 
     def __init__(self, images: Tensor) -> None:
         super().__init__()
-        # Tensors are kept so that no address is used twice.
+        # Tensors are kept so that no address is used twice. Those without geometry depend on the image all the same.
         self.tensors: dict[int, tuple[Tensor, Geometry | None]] = {}
-        self.remember(images, Geometry((1.0, 1.0), (0.0, 0.0)))
+        self.grids: list[tuple[Size, Geometry]] = []
+        self.remember(images, Geometry((1.0, 1.0), (0.0, 0.0), reach=(0.0, 0.0)))
 
     def known(self, tensor: Any) -> Geometry | None:
         return self.tensors.get(id(tensor), (None, None))[1]
@@ -76,27 +98,37 @@ class _Follower(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = list(_tensors((args, kwargs)))
-        before = [(self.known(t), tuple(t.shape)) for t in inputs]
+        before = [(self.known(t), tuple(t.shape)) for t in _tensors((args, kwargs)) if id(t) in self.tensors]
         output = func(*args, **kwargs)
-        for tensor in _tensors(output):
+        for tensor in _tensors(output) if before else ():
             self.remember(tensor, self.after(func, args, kwargs, before, tensor))
         return output
 
     def after(self, func: Any, args: Any, kwargs: Any, before: list[Any], output: Tensor) -> Geometry | None:
-        """The geometry of one output of one call."""
+        """The geometry of one output of one call on tensors that depend on the image."""
         name = (resolve_name(func) or getattr(func, "__name__", "")).rsplit(".", 1)[-1]
         given = [(found, shape) for found, shape in before if found is not None]
         if not given or output.dim() < 3:
             return None
-        found, shape = given[0]
         if name in LAYERS:
+            found, shape = given[0]
             step = LAYERS[name](shape[-2:], tuple(output.shape[-2:]), *args[1:], **kwargs)
-            return None if step is None else found.then(*step)
+            moved = None if step is None else found.then(*step)
+            if moved is not None and name == "conv2d":
+                self.grids.append(((output.shape[-2], output.shape[-1]), moved))
+            return moved
         # Attributes such as T and mT turn a map round; the others that matter are no tensors.
-        if name in MOVES or name == "__get__" or tuple(output.shape[-2:]) != tuple(shape[-2:]):
+        if name in MOVES or name == "__get__":
             return None
-        return found if all(other == found for other, _ in given) else None
+        size = tuple(output.shape[-2:])
+        placed = [found for found, shape in given if tuple(shape[-2:]) == size]
+        # One number for a whole map, spread over it, is a statistic of the image and no place.
+        spread = [shape for _, shape in given if tuple(shape[-2:]) != size]
+        if not placed or any(set(shape[-2:]) != {1} for shape in spread) or any(other != placed[0] for other in placed):
+            return None
+        if name in GLOBAL or spread or len(given) < len(before):
+            return replace(placed[0], reach=(math.inf, math.inf))
+        return replace(placed[0], reach=(max(g.reach[0] for g in placed), max(g.reach[1] for g in placed)))
 
 
 def _tensors(values: Any) -> Iterable[Tensor]:
@@ -116,7 +148,10 @@ MOVES = {
     "pixel_shuffle", "pixel_unshuffle", "index_select", "take_along_dim",
 }
 
-Step = tuple[Axis, Axis]
+# Calls in which every pixel of a map sees all of it.
+GLOBAL = {"instance_norm", "group_norm", "layer_norm", "softmax", "log_softmax", "softmin"}
+
+Step = tuple[Axis, Axis, Axis]
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -124,10 +159,10 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _window(kernel: Any, stride: Any, padding: Any, dilation: Any = 1) -> Step:
-    """Output i of a window layer is centred at stride i - padding + dilation (kernel - 1) / 2."""
+    """Output i of a window layer reads within half = dilation (kernel - 1) / 2 of stride i - padding + half."""
     (kernel, stride, padding, dilation) = (_pair(v) for v in (kernel, stride, padding, dilation))
-    offset = [-p + d * (k - 1) / 2 for k, p, d in zip(kernel, padding, dilation, strict=True)]
-    return (float(stride[0]), float(stride[1])), (offset[0], offset[1])
+    half = [d * (k - 1) / 2 for k, d in zip(kernel, dilation, strict=True)]
+    return (float(stride[0]), float(stride[1])), (half[0] - padding[0], half[1] - padding[1]), (half[0], half[1])
 
 
 def _conv(before: Size, after: Size, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0,
@@ -157,7 +192,7 @@ def _adaptive(before: Size, after: Size, *_: Any, **__: Any) -> Step | None:
 
 def _pad(before: Size, after: Size, pad: Any, *_: Any, **__: Any) -> Step:
     left, _, top = (*pad, 0, 0, 0)[:3]
-    return (1.0, 1.0), (-float(top), -float(left))
+    return (1.0, 1.0), (-float(top), -float(left)), (0.0, 0.0)
 
 
 LAYERS: dict[str, Callable[..., Step | None]] = {

@@ -1,5 +1,7 @@
 """Stride and offset of feature maps, against the place that a map responds to, and what cannot be followed."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,6 +54,47 @@ def test_a_feature_pixel_sits_where_it_looks(name):
         looked = centre(model, size, index)
         for axis in (0, 1):
             assert found.offset[axis] + found.stride[axis] * index == pytest.approx(looked[axis], abs=1e-9)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("name", NETS)
+def test_a_feature_pixel_sees_exactly_as_far_as_its_reach(name):
+    model = positive(NETS[name]()).eval()
+    size = 32 if name == "adaptive" else 33
+    x = torch.rand(1, 1, size, size, dtype=torch.float64, requires_grad=True)
+    found = geometry(model, x.detach())
+    model(x)[..., 4, 4].sum().backward()
+    for axis in (0, 1):
+        seen = x.grad[0, 0].abs().sum(1 - axis).nonzero().flatten()
+        place = found.offset[axis] + 4 * found.stride[axis]
+        assert (int(seen[0]), int(seen[-1])) == (place - found.reach[axis], place + found.reach[axis])
+
+
+@pytest.mark.parametrize(
+    ("model", "reach"),
+    [
+        (nn.GroupNorm(1, 4), math.inf),
+        (nn.InstanceNorm2d(4), math.inf),
+        (nn.BatchNorm2d(4), 0.0),
+        (lambda x: x - x.mean((2, 3), keepdim=True), math.inf),
+        (lambda x: x * torch.sigmoid(F.adaptive_avg_pool2d(x, 1)), math.inf),
+        (lambda x: x + x.flip(2), math.inf),
+        (lambda x: x + torch.ones(1, 1, 8, 8) + F.conv2d(x, torch.ones(4, 4, 5, 5), padding=2), 2.0),
+    ],
+)
+def test_what_a_statistic_of_the_whole_map_reaches(model, reach):
+    found = geometry(model.eval() if isinstance(model, nn.Module) else model, torch.rand(2, 4, 8, 8))
+    assert found == Geometry((1.0, 1.0), (0.0, 0.0))
+    assert found.reach == (reach, reach)
+
+
+def test_the_feature_pixels_whose_field_stays_on_the_image():
+    assert Geometry((2.0, 2.0), (0.5, 0.5), reach=(1.5, 2.6)).clean(4, 8, 0) == (1, 2)
+    assert Geometry((1.0, 1.0), (0.0, 0.0), reach=(1.0, 1.0)).clean(8, 8, 1) == (1, 6)
+    first, last = Geometry((1.0, 1.0), (0.0, 0.0), reach=(4.0, 4.0)).clean(8, 8, 0)
+    assert first > last
+    first, last = Geometry((1.0, 1.0), (0.0, 0.0)).clean(8, 8, 0)
+    assert first > last
 
 
 def test_stride_two_from_33_is_a_half_and_the_ratio_of_sizes_is_not():

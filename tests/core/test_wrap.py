@@ -70,13 +70,47 @@ def test_fibres_and_encoders_stay_as_they_are():
     assert again.fibres(X).shape == (2, 3, 4, 2, 2)
 
 
+class Patches(nn.Module):
+    """A class token, two registers, then one token a patch: the grid of oblong images is known by the convolution alone."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Conv2d(3, 5, 2, stride=2)
+        self.block = nn.Identity()
+        self.extra = nn.Parameter(torch.randn(1, 3, 5))
+
+    def forward(self, x):
+        patches = self.embed(x).flatten(2).transpose(1, 2)
+        return self.block(torch.cat([self.extra.expand(len(x), -1, -1), patches], dim=1))[:, 0]
+
+
+def test_patch_tokens_become_fibres_on_their_grid_and_those_before_them_are_left_out():
+    net = Patches()
+    for size in ((6, 6), (4, 8), (8, 4)):
+        x = torch.rand(2, 3, *size)
+        encoder = encoders.wrap(net, layer="block")
+        assert torch.equal(encoder.fibres(x)[:, :, 0], net.embed(x))
+        assert torch.allclose(encoder(x), net.embed(x).mean(dim=(2, 3)))
+        assert (encoder.dim, encoder.default_action) == (5, "spatial")
+    assert encoders.wrap(net).fibres(X).shape == (2, 5, 1, 1, 1)
+
+
+def test_maps_with_channels_last_are_turned():
+    class Last(nn.Module):
+        def forward(self, x):
+            return x.permute(0, 2, 3, 1)
+
+    assert torch.equal(encoders.wrap(Last()).fibres(X)[:, :, 0], X)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [
         (lambda: encoders.wrap(Net(), layer="stam"), "'stem'"),
         (lambda: encoders.wrap(lambda x: x), "torch.nn.Module"),
         (lambda: encoders.wrap(Net(), layer="unused")(X), "never ran"),
-        (lambda: encoders.wrap(nn.Flatten(2))(X), "tokens"),
+        (lambda: encoders.wrap(nn.Flatten(2))(X), "gives (2, 3, 36)"),
         (lambda: encoders.wrap(Net())(X[:, :1]), "(N, 3, H, W)"),
         (lambda: encoders.wrap(Net()).dim, "a pass over at least one image"),
     ],
