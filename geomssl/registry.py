@@ -33,6 +33,10 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
     },
     "dataset": {
         "digits": ("geomssl.data.digits:Digits", "scikit-learn's 1,797 scanned digits, 8x8, embedded"),
+        "mnist": ("geomssl.data.mnist:MNIST", "70,000 handwritten digits, 28x28, grey"),
+        "fashion-mnist": ("geomssl.data.mnist:FashionMNIST", "70,000 articles of clothing, 28x28, grey"),
+        "cifar10": ("geomssl.data.cifar:CIFAR10", "60,000 photographs in 10 classes, 32x32, colour"),
+        "cifar100": ("geomssl.data.cifar:CIFAR100", "60,000 photographs in 100 classes (20 coarse ones), 32x32, colour"),
         "folder": ("geomssl.data.folder:Folder", "images on disk, one sub-folder a class: folder:PATH"),
         "fields": ("geomssl.data.rendered:FieldsSet", "band-limited random fields, drawn from formulas, embedded"),
         "phantoms": ("geomssl.data.rendered:PhantomsSet", "smooth-edged shapes on black, drawn from formulas, embedded"),
@@ -42,6 +46,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "rank": ("geomssl.probes.rank", "rank of the projector and of the features, for every threshold"),
         "tangent": ("geomssl.probes.tangent", "the span of delta-h: unexplained variance and label match"),
         "bound": ("geomssl.probes.bound", "InfoNCE of batches as in training beside its upper bound"),
+        "spectrum": ("geomssl.probes.spectrum", "log singular values of the features, on plain images and on views"),
         "linear": ("geomssl.probes.linear", "accuracy of a linear classifier and of nearest neighbours"),
         "embed": ("geomssl.probes.embed", "a PaCMAP map of the features with its trustworthiness"),
         "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual"),

@@ -101,7 +101,7 @@ class Options(subject.Options):
     """Settings of the bound probe."""
 
     batch: int | None = Field(None, ge=2, description="images a batch  [default: the run's own, else 128]")
-    batches: int = Field(20, ge=1, le=10_000, description="batches at least; more passes, with fresh views, where one is too few")
+    batches: int = Field(20, ge=1, le=10_000, description="batches at least; more passes, with new views, where one has fewer")
     beta: float | None = Field(None, ge=0, description="inverse temperature  [default: the run's own, else 2]")
     denominator: Denominator | None = Field(None, description="of InfoNCE  [default: the run's own, else decoupled]")
     symmetric: bool = Field(True, description="average both directions, as SimCLR trains")

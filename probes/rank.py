@@ -148,7 +148,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         found = _estimate(spectra[name], options)
         halves = _halves(exact, options)
         for key, value in found.items():
-            interval = _around(value, halves.get(key, []), min(n - 1, exact.shape[1]))
+            interval = around(value, halves.get(key, []), min(n - 1, exact.shape[1]))
             estimates.append(_row(name, key, value, exact.shape, interval, _mean(halves.get(key, []))))
             metrics.append(
                 Metric(
@@ -225,7 +225,7 @@ def _mean(draws: list[float]) -> float | None:
     return sum(draws) / len(draws) if draws else None
 
 
-def _around(value: float, draws: list[float], most: int) -> Interval | None:
+def around(value: float, draws: list[float], most: int) -> Interval | None:
     """The spread of the halves about their own mean, laid around the value.
 
     A half drawn without replacement differs from the whole about as much as the whole differs from the population, since
