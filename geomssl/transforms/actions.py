@@ -17,7 +17,9 @@ from geomssl.transforms.geometric import Geometric, HorizontalFlip
 from geomssl.transforms.groups import Translations
 from geomssl.transforms.photometric import Photometric
 from geomssl.transforms.sampling import bilinear, frame, working_dtype
+from geomssl.transforms.sinc import windowed_sinc
 
+Places = tuple[Tensor, Tensor]
 ActionFunction = Callable[[Tensor, Tensor, Size], Tensor]
 
 
@@ -37,6 +39,17 @@ class Action(ABC):
 
         Only there is a difference between f(T_g x) and Γ_g f(x) all the model's.
         """
+
+    def precise(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
+        """The same declaration with a finer reading where it resamples: windowed sinc instead of bilinear.
+
+        How far the two are apart says what Γ's own interpolation does. Where nothing is resampled they are equal.
+        """
+        return self(features, params, image_size)
+
+    def places(self, params: Tensor, feature_size: Size, image_size: Size) -> Places | None:
+        """Feature coordinates (y, x), each broadcasting to (n, h, w), that Γ_g reads for every feature pixel; None: unknown."""
+        return None
 
 
 def action(
@@ -79,6 +92,23 @@ class RegularAction(Action):
     def __call__(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
         return self.group.act(features, params)
 
+    def precise(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
+        moved = self(features, params, image_size)
+        resampled = ~self.group.is_exact(params, _size(features))
+        if not bool(resampled.any()) or not isinstance(self.group, Geometric):
+            return moved
+        # Where act reads bilinearly, orientations are permuted first and the maps are read finely after.
+        rows, row_params = features[resampled], params[resampled]
+        numbered = features.new_tensor(range(self.group.fibre)).view(1, 1, -1, 1, 1).expand(len(rows), -1, -1, 3, 3)
+        centre = self.group.act(numbered, row_params)[:, :, :, 1:2, 1:2]
+        origin = centre.round().long().expand(-1, features.shape[1], -1, *_size(features))
+        maps = rows.gather(2, origin).flatten(1, 2)
+        moved[resampled] = SpatialAction(self.group, self.geometry).finely(maps, row_params, image_size).view_as(rows)
+        return moved
+
+    def places(self, params: Tensor, feature_size: Size, image_size: Size) -> Places | None:
+        return SpatialAction(self.group, self.geometry).places(params, feature_size, image_size)
+
     def is_exact(self, params: Tensor, feature_size: Size, image_size: Size) -> Tensor:
         return self.group.is_exact(params, image_size) & self.group.is_exact(params, feature_size)
 
@@ -111,6 +141,53 @@ class SpatialAction(Action):
             )
         return self._move(features.flatten(1, -3), params, image_size).view_as(features)
 
+    def precise(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
+        return self.finely(features.flatten(1, -3), params, image_size).view_as(features)
+
+    def finely(self, maps: Tensor, params: Tensor, image_size: Size) -> Tensor:
+        """The move of maps (n, C, h, w), read by windowed sinc where it is no permutation."""
+        if isinstance(self.transform, Compose):
+            for part, columns in zip(self.parts, self.transform.slices, strict=True):
+                maps = part.finely(maps, params[:, columns], image_size)
+            return maps
+        if not isinstance(self.transform, Geometric):
+            return maps
+        params = self.transform.admit(maps, params)
+        y, x, share = self._read(maps.to(working_dtype(maps.dtype)), params, _size(maps), image_size)
+        wrap = isinstance(self.transform, Translations) and self.transform.wrap
+        moved = windowed_sinc(maps.to(y.dtype), y, x, wrap=wrap)
+        return (moved if share is None else moved * share.unsqueeze(1)).to(maps.dtype)
+
+    def places(self, params: Tensor, feature_size: Size, image_size: Size) -> Places | None:
+        params = params.double()
+        like = torch.empty((), dtype=torch.float64, device=params.device)
+        transform = self.transform
+        if isinstance(transform, Compose):
+            moving = [i for i, part in enumerate(transform.parts) if not isinstance(part, Photometric)]
+            if len(moving) == 1:
+                (i,) = moving
+                return self.parts[i].places(params[:, transform.slices[i]], feature_size, image_size)
+            return None if moving else frame(feature_size, like)
+        if not isinstance(transform, Geometric):
+            return frame(feature_size, like)
+        return self._read(like, params, feature_size, image_size, hold=False)[:2]
+
+    def _read(
+        self, like: Tensor, params: Tensor, feature_size: Size, image_size: Size, hold: bool = True
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Feature coordinates that arrive at each feature pixel and the share that counts. hold: keep them on the grid."""
+        transform = self.transform
+        assert isinstance(transform, Geometric)
+        if isinstance(transform, Translations) and transform.wrap:
+            shift = self._shift(params, feature_size, image_size)
+            y, x = frame(feature_size, like)
+            y, x = y - shift[:, :1, None], x - shift[:, 1:, None]
+            return y.remainder(feature_size[0]), x.remainder(feature_size[1]), None
+        if not _on_the_grid(transform):
+            return self._source(transform, like, params, feature_size, image_size, hold)
+        y, x = transform.source(*frame(feature_size, like), params, feature_size)
+        return transform.border(y, x, params, feature_size) if hold else (y, x, None)
+
     def _move(self, maps: Tensor, params: Tensor, image_size: Size) -> Tensor:
         transform = self.transform
         if isinstance(transform, Compose):
@@ -136,17 +213,18 @@ class SpatialAction(Action):
         return params / params.new_tensor(self._placed(feature_size, image_size).stride)
 
     def _source(
-        self, transform: Geometric, like: Tensor, params: Tensor, feature_size: Size, image_size: Size
+        self, transform: Geometric, like: Tensor, params: Tensor, feature_size: Size, image_size: Size, hold: bool = True
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Feature coordinates that arrive at each feature pixel, held on the grid, and the share of each that counts."""
         placed = self._placed(feature_size, image_size)
         y, x = frame(feature_size, like)
         y, x = placed.offset[0] + placed.stride[0] * y, placed.offset[1] + placed.stride[1] * x
         y, x = transform.source(y, x, params, image_size)
-        y, x, share = transform.border(y, x, params, image_size)
-        y = ((y - placed.offset[0]) / placed.stride[0]).clamp(0, feature_size[0] - 1)
-        x = ((x - placed.offset[1]) / placed.stride[1]).clamp(0, feature_size[1] - 1)
-        return y, x, share
+        share: Tensor | None = None
+        if hold:
+            y, x, share = transform.border(y, x, params, image_size)
+        y, x = (y - placed.offset[0]) / placed.stride[0], (x - placed.offset[1]) / placed.stride[1]
+        return (y.clamp(0, feature_size[0] - 1), x.clamp(0, feature_size[1] - 1), share) if hold else (y, x, None)
 
     def is_exact(self, params: Tensor, feature_size: Size, image_size: Size) -> Tensor:
         transform = self.transform
@@ -186,6 +264,9 @@ class TrivialAction(Action):
 
     def __call__(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
         return features
+
+    def places(self, params: Tensor, feature_size: Size, image_size: Size) -> Places | None:
+        return frame(feature_size, torch.empty((), dtype=torch.float64, device=params.device))
 
     def is_exact(self, params: Tensor, feature_size: Size, image_size: Size) -> Tensor:
         return self.transform.is_exact(params, image_size)

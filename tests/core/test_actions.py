@@ -1,5 +1,7 @@
 """Actions: closed forms for whole shifts and turns, where pairs are exact, and declarations of one's own."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -222,3 +224,61 @@ def test_policies_have_a_spatial_action_but_no_regular_one():
     assert action("spatial", simclr, GRID)(features(2, 3, 2, 2), params, (8, 8)).shape == (2, 3, 2, 2)
     with pytest.raises(GeomsslError):
         action("regular", simclr)
+
+
+class TestPreciseReading:
+    """What is between the pixels of a band-limited map: waves, whose value is known everywhere."""
+
+    @staticmethod
+    def wave(y, x, per_pixel):
+        return torch.cos(2 * math.pi * per_pixel * (0.8 * y + 0.6 * x) + 0.3)
+
+    @pytest.mark.parametrize("per_pixel", [0.05, 0.15, 0.25])
+    @pytest.mark.parametrize(("transform", "params"), [(Rotate(), [25.0]), (Zoom(), [1.3]), (Translate(), [1.4, -0.7])])
+    def test_a_wave_is_read_where_it_is_and_far_better_than_bilinearly(self, transform, params, per_pixel):
+        size = (48, 48)
+        y, x = torch.meshgrid(*[torch.arange(48, dtype=torch.float64)] * 2, indexing="ij")
+        declared = action("spatial", transform, Geometry((1.0, 1.0), (0.0, 0.0)))
+        f, params = self.wave(y, x, per_pixel)[None, None], rows(params)
+        source = declared.places(params, size, size)
+        inside = ((source[0] > 6) & (source[0] < 41) & (source[1] > 6) & (source[1] < 41)).expand(1, *size)[0]
+        truth = self.wave(*(c.expand(1, *size)[0] for c in source), per_pixel)
+        fine = (declared.precise(f, params, size)[0, 0] - truth)[inside].abs().max()
+        plain = (declared(f, params, size)[0, 0] - truth)[inside].abs().max()
+        assert int(inside.sum()) > 300
+        assert float(fine) < 1e-3 < float(plain)
+        assert float(fine) < float(plain) / 10
+
+    def test_it_reads_round_the_torus_under_wrapped_shifts(self):
+        along = torch.arange(16, dtype=torch.float64)
+        f = torch.cos(2 * math.pi * 2 * along / 16).view(1, 1, 1, 16).expand(1, 1, 16, 16)
+        moved = action("spatial", Translations(), GRID).precise(f, rows([0, 2]), (64, 64))
+        expected = torch.cos(2 * math.pi * 2 * (along - 0.5) / 16)
+        assert torch.allclose(moved[0, 0], expected.expand(16, 16), atol=3e-4)
+
+    @pytest.mark.parametrize("transform", [CyclicRotations(4), Dihedral(4), Flips(), Translations(), HorizontalFlip()])
+    @pytest.mark.parametrize("declared", ["spatial", "regular"])
+    def test_where_nothing_is_resampled_both_readings_agree(self, declared, transform):
+        if declared == "regular" and isinstance(transform, HorizontalFlip):
+            return
+        group = declared == "regular" and not isinstance(transform, Translations)
+        f = features(6, 2, transform.fibre if group else 1, 5, 5)
+        params = transform.sample(6, torch.Generator().manual_seed(0), (5, 5)).double()
+        acts = action(declared, transform, Geometry((1.0, 1.0), (0.0, 0.0)))
+        assert torch.allclose(acts.precise(f, params, (5, 5)), acts(f, params, (5, 5)), atol=1e-12)
+
+    def test_orientations_are_permuted_alike_where_the_maps_are_resampled(self):
+        """Constant maps do not feel the reading away from the corners, so only the permutation is left."""
+        c8 = CyclicRotations(8)
+        f = features(8, 3, 8, 1, 1).expand(-1, -1, -1, 9, 9)
+        acts = action("regular", c8)
+        plain, fine = (way(f, c8.elements().double(), (9, 9))[..., 3:6, 3:6] for way in (acts, acts.precise))
+        assert torch.allclose(fine, plain, atol=1e-9)
+        assert float((plain[1] - f[1, ..., 3:6, 3:6]).abs().max()) > 0.1
+
+    def test_places_are_unbounded_and_those_of_colour_stay(self):
+        y, _ = action("spatial", Translate(), Geometry((2.0, 2.0), (0.5, 0.5))).places(rows([3, 0]), (4, 4), (8, 8))
+        assert y.flatten().tolist() == [-1.5, -0.5, 0.5, 1.5]
+        y, x = action("spatial", Brightness()).places(rows([1.5]), (2, 3), (8, 8))
+        assert (y.flatten().tolist(), x.flatten().tolist()) == ([0, 1], [0, 1, 2])
+        assert FunctionAction(lambda f, p, s: f, Flips()).places(rows([1]), (2, 2), (8, 8)) is None
