@@ -22,7 +22,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "cnn": ("geomssl.encoders.cnn:CNN", "a plain convolutional network, no group"),
         "c4-cnn": ("geomssl.encoders.cnn:C4CNN", "its twin with C4 group convolutions, exact under 90-degree turns"),
         "resnet18": ("geomssl.encoders.residual:ResNet18", "ResNet-18 with a 3x3 stem and no max-pool, no group"),
-        "c4-resnet18": ("geomssl.encoders.residual:C4ResNet18", "its twin with C4 group convolutions, exact under 90-degree turns"),
+        "c4-resnet18": ("geomssl.encoders.residual:C4ResNet18", "its twin with C4 group convolutions, exact like c4-cnn"),
         "vit-small": ("geomssl.encoders.vit:ViT", "a vision transformer, 12 blocks of width 384"),
         "mlp": ("geomssl.encoders.mlp:MLP", "a multilayer perceptron on pixels, read as fibres without structure"),
     },

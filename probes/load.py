@@ -42,10 +42,11 @@ def from_checkpoint(
     state = checkpoint.load(path)
     refuse_strangers(state["config"], repeated, str(path))
     recipe = build([state["config"]], str(path))
-    trained_on = data.load_config(recipe.dataset, "train")
     section = data.configure(merge(recipe.dataset.model_dump(mode="json"), dataset or {}))
+    same = data.same_images(section, recipe.dataset)
+    trained_on = data.load_config(section if same else recipe.dataset, "train")
     source = data.load_config(section, split)
-    train = trained_on if section == recipe.dataset else data.load_config(section, "train")
+    train = trained_on if same else data.load_config(section, "train")
     if source.channels != trained_on.channels:
         raise GeomsslError(
             f"{source.name} has {source.channels} channels", f"{trained_on.channels}, as the encoder of {path}",
@@ -162,6 +163,7 @@ def _about(source: Source, how: Mapping[str, Any]) -> dict[str, Any]:
         "dataset": source.name,
         "split": source.split,
         "images_sha256": source.fingerprint,
+        **({"images_left_out": list(source.notes)} if source.notes else {}),
         "device": str(how.get("device", "cpu")),
         "dtype": str(how.get("dtype", torch.float32)).removeprefix("torch."),
         "versions": {"geomssl": geomssl.__version__, "torch": torch.__version__, "python": platform.python_version()},

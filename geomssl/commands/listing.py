@@ -8,15 +8,27 @@ from geomssl.registry import names
 
 
 @click.command()
-def datasets() -> None:
-    """List the data sets.
+@click.option("--root", metavar="DIR", help="look in this folder  [default: $GEOMSSL_DATA, then the cache]")
+def datasets(root: str | None) -> None:
+    """List the data sets: what each is, whether it is here, and where or how to get it.
+
+    Files are looked at by name and size; their hashes are checked when they are read. Nothing is fetched.
 
     \b
-    Example:
+    Examples:
       geomssl datasets
+      geomssl datasets --root ~/data
     """
+    from geomssl import data
+
     for name, line in names("dataset").items():
-        click.echo(f"{name:<16} {line}")
+        try:
+            found = data.presence(name, root)
+        except ImportError as error:
+            found = data.Presence(False, "", f"cannot be imported: {error}")
+        click.echo(f"{name:<14} {'here' if found.present else '-':<5} {line}")
+        images = f"{found.images} images; " if found.images else ""
+        click.echo(f"{'':<21}{images}{found.where}")
 
 
 @click.command()

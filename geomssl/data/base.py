@@ -6,6 +6,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -16,6 +17,16 @@ from geomssl.data.watch import Watch
 from geomssl.errors import GeomsslError
 
 Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True)
+class Presence:
+    """Whether a data set is on this machine (by a cheap look, not by its hashes), how many images it has, and where it is
+    or how to get it."""
+
+    present: bool
+    images: str
+    where: str
 
 
 class Source(ABC):
@@ -52,7 +63,7 @@ class Source(ABC):
         """The same source, handing out images on `device`."""
         return self
 
-    def prefetch(self, indices: Tensor) -> None:
+    def prefetch(self, indices: Tensor) -> None:  # noqa: B027
         """Say which images will be asked for next, so that a source on disk can fetch them meanwhile. Never needed."""
 
     def check(self) -> None:

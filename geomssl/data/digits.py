@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from geomssl.config import Settings
-from geomssl.data.base import Resident, Split
+from geomssl.data.base import Presence, Resident, Split
 from geomssl.data.splits import stratified
 
 
@@ -29,3 +29,7 @@ class Digits:
         pixels = torch.from_numpy(found.images).mul(255 / 16).round().to(torch.uint8)[:, None]
         chosen = stratified(labels, seed=0)[split]
         return Resident("digits", split, pixels[chosen], labels[chosen], [str(name) for name in found.target_names])
+
+    @staticmethod
+    def presence(root: str | None = None) -> Presence:
+        return Presence(True, "1,797", "comes with scikit-learn")

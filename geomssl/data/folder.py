@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from math import prod
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
 from geomssl.config import Settings
-from geomssl.data.base import Resident, Split
+from geomssl.data.base import Presence, Resident, Source, Split
+from geomssl.data.images import UNREADABLE, Decoding, Pixels
 from geomssl.data.splits import stratified
+from geomssl.data.watch import Watch
 from geomssl.errors import GeomsslError, nearest
-from geomssl.progress import track
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm"}
-MODES = {1: "L", 3: "RGB"}
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 class Folder:
-    """Every image decoded into memory. Without `size` all images must already be square and of one size."""
+    """Images decoded into memory, or into a cache on disk where they would take more than `memory`; the same pixels.
+
+    Without `size` all images must already be square and of one size.
+    """
+
+    # Where and how, not what: these settings may differ between two readings of one data set.
+    machine: ClassVar[frozenset[str]] = frozenset({"memory", "cache"})
 
     class Config(Settings):
         name: Literal["folder"] = "folder"
@@ -31,9 +36,12 @@ class Folder:
         size: int | None = Field(None, ge=2, description="crop each image to a centred square and resize it to this side")
         channels: Literal[1, 3] | None = Field(None, description="convert to grey (1) or RGB (3)  [default: as the files are]")
         seed: int = Field(0, description="seed of the split, where the folder has no train/, val/, test/")
+        memory: float = Field(2.0, ge=0, description="GB of pixels of a split kept in memory, else on disk")
+        cache: str | None = Field(None, description="folder for what is kept on disk  [default: $GEOMSSL_CACHE or the user's]")
+        unreadable: Literal["refuse", "skip"] = Field("refuse", description="what to do with a file that is no whole image")
 
     @staticmethod
-    def load(config: Config, split: Split) -> Resident:
+    def load(config: Config, split: Split) -> Source:
         root = Path(config.root)
         if not root.is_dir():
             beside = [p.name for p in root.parent.iterdir() if p.is_dir()] if root.parent.is_dir() else []
@@ -51,7 +59,49 @@ class Folder:
             files, labels = [files[i] for i in chosen.tolist()], labels[chosen]
         if not files:
             raise GeomsslError(f"no image in the {split} split of {root}", "at least one image", reason="too-few-images")
-        return Resident(f"folder:{root.name}", split, _decode(files, config), labels, classes)
+        return _read(root, split, files, labels, classes, config)
+
+    @staticmethod
+    def presence(root: str | None = None) -> Presence:
+        return Presence(False, "", "--dataset folder:PATH")
+
+
+def _read(
+    root: Path, split: Split, files: list[Path], labels: Tensor, classes: list[str], config: Folder.Config
+) -> Source:
+    """The source of those files, in memory or on disk."""
+    name, watch = f"folder:{root.name}", Watch(files)
+    pixels = Pixels(files, Decoding(config.size, config.channels), root)
+    if len(files) * prod(pixels.shape) > config.memory * 2**30:
+        from geomssl.data.files import Files, cached
+        from geomssl.data.places import cache_folder
+
+        cache = cached(pixels, watch, cache_folder(config.cache) / "images")
+        labels, notes = _without(cache.unreadable, pixels, labels, config)
+        return Files(name, split, cache, labels, classes, watch=watch, notes=notes)
+    room = torch.empty((len(files), *pixels.shape), dtype=torch.uint8)
+    n = 0
+    for chunk in pixels:
+        room[n : n + len(chunk)] = torch.from_numpy(chunk)
+        n += len(chunk)
+    watch.check()
+    labels, notes = _without(pixels.unreadable, pixels, labels, config)
+    return Resident(name, split, room[:n], labels, classes, watch=watch, notes=notes)
+
+
+def _without(
+    unreadable: list[tuple[int, str]], pixels: Pixels, labels: Tensor, config: Folder.Config
+) -> tuple[Tensor, list[str]]:
+    """The labels of what could be read and a sentence on what could not, where that is to be skipped; else an error."""
+    if not unreadable:
+        return labels, []
+    count, total, first = len(unreadable), len(pixels.paths), unreadable[0][1]
+    if config.unreadable == "refuse":
+        given = first + (f", and {count - 1} more of {total} files" if count > 1 else "")
+        raise GeomsslError(given, "whole image files, or --set dataset.unreadable=skip", reason=UNREADABLE)
+    kept = torch.ones(total, dtype=torch.bool)
+    kept[[row for row, _ in unreadable]] = False
+    return labels[kept], [f"{count} of {total} files below {pixels.where} were left out; the first: {first}"]
 
 
 def _classes(base: Path) -> list[str]:
@@ -77,60 +127,3 @@ def _listing(base: Path, known: list[str] | None) -> tuple[list[str], list[Path]
             reason="too-few-images",
         )
     return classes, files, torch.tensor(labels)
-
-
-def _decode(files: Sequence[Path], config: Folder.Config) -> Tensor:
-    """uint8 (n, C, size, size). Refuses, by name, the first file that is unreadable, not square, or unlike the others."""
-    pixels: Tensor | None = None
-    for row, path in enumerate(track(files, f"reading {Path(config.root).name}")):
-        image = _read(path, config)
-        if pixels is None:
-            pixels = torch.empty((len(files), *image.shape), dtype=torch.uint8)
-        if image.shape != pixels.shape[1:]:
-            (c, h, w), (c0, h0, w0) = image.shape, pixels.shape[1:]
-            raise GeomsslError(
-                f"{path} is {h}x{w} with {c} channels", f"{h0}x{w0} with {c0} as {files[0].name} (or --set dataset.size=N "
-                "and dataset.channels=1 or 3)", reason="bad-image",
-            )
-        pixels[row] = image
-    assert pixels is not None
-    if bool((pixels == pixels[0, 0, 0, 0]).all()):
-        given = f"all {len(files)} images below {config.root} are one equal colour"
-        raise GeomsslError(given, "images that differ", reason="bad-image")
-    return pixels
-
-
-def _read(path: Path, config: Folder.Config) -> Tensor:
-    from PIL import Image
-
-    try:
-        with Image.open(path) as opened:
-            opened.load()
-            image = opened.copy()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise GeomsslError(f"cannot read {path}: {error}", "a whole image file", reason="bad-image") from None
-    if image.mode == "F":
-        said = "has NaN pixels" if np.isnan(np.asarray(image)).any() else "has floating-point pixels"
-        raise GeomsslError(f"{path} {said}", "8-bit pixels", reason="bad-image")
-    if image.mode.startswith("I"):
-        raise GeomsslError(f"{path} has {image.mode} pixels", "8-bit pixels", reason="bad-image")
-    if config.channels is not None:
-        image = image.convert(MODES[config.channels])
-    elif image.mode in ("P", "1"):
-        image = image.convert("RGB" if image.mode == "P" else "L")
-    if image.mode not in MODES.values():
-        raise GeomsslError(
-            f"{path} has {len(image.getbands())} channels ({image.mode})", "1 (grey) or 3 (RGB), or --set dataset.channels=3",
-            reason="bad-image",
-        )
-    width, height = image.size
-    if min(width, height) < 2:
-        raise GeomsslError(f"{path} is {height}x{width} pixels", "at least 2x2", reason="bad-image")
-    if config.size is not None:
-        side = min(width, height)
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((config.size,) * 2, Image.Resampling.BILINEAR, box=(left, top, left + side, top + side))
-    elif width != height:
-        raise GeomsslError(f"{path} is {height}x{width}", "square images, or --set dataset.size=N", reason="bad-image")
-    array = np.asarray(image)
-    return torch.from_numpy(array.copy()).view(*array.shape[:2], -1).permute(2, 0, 1)

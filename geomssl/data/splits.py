@@ -1,4 +1,4 @@
-"""Train / validation / test: 60 / 20 / 20 of every class, seeded."""
+"""Splits: train / val / test as 60 / 20 / 20 of every class, or val as a share of a released train; seeded."""
 
 from __future__ import annotations
 
@@ -23,3 +23,13 @@ def stratified(labels: Tensor, seed: int) -> dict[Split, Tensor]:
             part.append(chunk)
     train_part, val_part, test_part = (torch.cat(part).sort().values for part in parts)
     return {"train": train_part, "val": val_part, "test": test_part}
+
+
+def held_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
+    """Sorted indices (train, val): round(share n) of every class are held out for val, drawn by the seed."""
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    for label in labels.unique():
+        members = (labels == label).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator(seed, "held-out", int(label)))
+        held[members[order[: round(share * len(members))]]] = True
+    return (~held).nonzero()[:, 0], held.nonzero()[:, 0]
