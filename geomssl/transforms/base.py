@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
@@ -48,6 +50,12 @@ class Transform(ABC):
         """Parameters of T_g^-1, where one exists."""
         raise GeomsslError(f"{self.name} has no inverse", "a transform with an inverse", reason="no-inverse")
 
+    def on(self, grid: Tensor) -> Self:
+        """The same transform, whose draws are rows of grid (E, P), each as likely as another."""
+        listed = copy.copy(self)
+        listed.sample = functools.partial(_pick, grid)  # type: ignore[method-assign]
+        return listed
+
     def identity(self, n: int = 1) -> Tensor:
         """Parameters (n, P) that leave an image as it is."""
         return torch.tensor([[p.identity for p in self.parameters]]).expand(n, -1).clone()
@@ -59,6 +67,11 @@ class Transform(ABC):
     def is_exact(self, params: Tensor, size: Size) -> Tensor:
         """bool (n,): True only where T_g merely permutes the pixels of an image of `size`."""
         return (params == self.identity().to(params)).all(dim=1)
+
+
+def _pick(grid: Tensor, n: int, generator: torch.Generator, size: Size) -> Tensor:
+    rows = torch.randint(len(grid), (n,), generator=generator, device=generator.device)
+    return grid.to(generator.device)[rows]
 
 
 class Group(Transform):

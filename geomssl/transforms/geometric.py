@@ -151,7 +151,7 @@ class Rotate(Geometric):
         self.parameters = (Parameter("angle", "degrees", kind, 0.0, -self.max_degrees, self.max_degrees),)
 
     def sample(self, n: int, generator: torch.Generator, size: Size) -> Tensor:
-        return uniform(n, -self.max_degrees, self.max_degrees, generator).unsqueeze(1)
+        return uniform(n, self.parameters[0].low, self.parameters[0].high, generator).unsqueeze(1)
 
     def source(self, y: Tensor, x: Tensor, params: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         return turn(y, x, column(params, 0), size)
@@ -166,26 +166,52 @@ class Rotate(Geometric):
 class Translate(Geometric):
     """Shift by (dy, dx) pixels, down and right positive; zeros move in.
 
-    Parameters: dy, dx. Drawn uniformly from the whole pixels within max_fraction of the height and of the width; any real
-    shift may be given. As torchvision's F.affine(translate=[dx, dy]). Exact at (0, 0) only, since pixels leave the frame.
+    Parameters: dy, dx. Drawn uniformly from the whole pixels within max_fraction of the height and of the width, or within
+    max_pixels where that is given; any real shift may be given. As torchvision's F.affine(translate=[dx, dy]). Exact at
+    (0, 0) only, since pixels leave the frame.
     """
 
     name = "translate"
 
-    def __init__(self, max_fraction: float = 0.2) -> None:
+    def __init__(self, max_fraction: float = 0.2, max_pixels: float | None = None) -> None:
         require(0 <= max_fraction <= 1, f"Translate(max_fraction={max_fraction})", "a fraction from 0 to 1")
-        self.max_fraction = float(max_fraction)
+        require(max_pixels is None or max_pixels >= 0, f"Translate(max_pixels={max_pixels})", "pixels from 0")
+        self.max_fraction, self.max_pixels = float(max_fraction), max_pixels
         self.parameters = tuple(
             Parameter(name, "pixels", "continuous", 0.0, -math.inf, math.inf) for name in ("dy", "dx")
         )
 
     def sample(self, n: int, generator: torch.Generator, size: Size) -> Tensor:
         # The small constant keeps 0.3 * 10 at 3.
-        limits = [math.floor(self.max_fraction * length + 1e-9) for length in size]
+        reach = [self.max_fraction * length if self.max_pixels is None else self.max_pixels for length in size]
+        limits = [math.floor(pixels + 1e-9) for pixels in reach]
         return torch.stack([whole(n, -limit, limit, generator) for limit in limits], dim=1)
 
     def source(self, y: Tensor, x: Tensor, params: Tensor, size: Size) -> tuple[Tensor, Tensor]:
         return y - column(params, 0), x - column(params, 1)
+
+    def inverse(self, params: Tensor) -> Tensor:
+        return -params
+
+
+class Shear(Geometric):
+    """Lean by an angle in degrees about the centre: rows slide sideways, the top to the right where the angle is positive.
+
+    x' = x - tan(angle) (y - c_y): zeros move in. Parameters: angle. Drawn uniformly from [-max_degrees, max_degrees). As
+    torchvision's F.affine(shear=[angle, 0]). Exact at 0 only.
+    """
+
+    name = "shear"
+
+    def __init__(self, max_degrees: float = 15.0) -> None:
+        require(0 <= max_degrees < 90, f"Shear(max_degrees={max_degrees})", "0 to less than 90 degrees")
+        self.parameters = (Parameter("angle", "degrees", "continuous", 0.0, -float(max_degrees), float(max_degrees)),)
+
+    def sample(self, n: int, generator: torch.Generator, size: Size) -> Tensor:
+        return uniform(n, self.parameters[0].low, self.parameters[0].high, generator).unsqueeze(1)
+
+    def source(self, y: Tensor, x: Tensor, params: Tensor, size: Size) -> tuple[Tensor, Tensor]:
+        return torch.broadcast_tensors(y, x + torch.tan(torch.deg2rad(column(params, 0))) * (y - (size[0] - 1) / 2))
 
     def inverse(self, params: Tensor) -> Tensor:
         return -params

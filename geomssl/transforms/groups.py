@@ -181,15 +181,17 @@ class Translations(Geometric, Group):
     wrap=True: the torus Z_H x Z_W; what leaves on one side enters on the other. Whole shifts permute pixels bit for bit,
     others read bilinearly across the seam. wrap=False: zeros move in, pixels are lost, and T_gh = T_g T_h holds only
     where nothing left the frame. Fibre 1: features move in space alone. Whole pixels are drawn uniformly from the torus
-    (wrap=False: from the same range of shifts).
+    (wrap=False: from the same range of shifts), or from those of at most `reach` pixels along each axis, which are then all
+    that `elements` lists.
     """
 
     order = None
     fibre = 1
     fusible = False
 
-    def __init__(self, wrap: bool = True) -> None:
-        self.wrap = bool(wrap)
+    def __init__(self, wrap: bool = True, reach: int | None = None) -> None:
+        require(reach is None or reach >= 0, f"Translations(reach={reach})", "pixels from 0")
+        self.wrap, self.reach = bool(wrap), reach
         self.name = "translations" if wrap else "translations-zeros"
         self.parameters = tuple(
             Parameter(name, "pixels", "continuous", 0.0, -math.inf, math.inf) for name in ("dy", "dx")
@@ -202,7 +204,12 @@ class Translations(Geometric, Group):
         return hash(self.name)
 
     def sample(self, n: int, generator: torch.Generator, size: Size) -> Tensor:
-        return torch.stack([whole(n, -(side // 2), (side - 1) // 2, generator) for side in size], dim=1)
+        return torch.stack([whole(n, *self._range(side), generator) for side in size], dim=1)
+
+    def _range(self, side: int) -> tuple[int, int]:
+        """The least and the largest shift, both included; never one shift of the torus twice."""
+        low, high = -(side // 2), (side - 1) // 2
+        return (low, high) if self.reach is None else (max(low, -self.reach), min(high, self.reach))
 
     def elements(self, size: Size | None = None) -> Tensor:
         if size is None or not self.wrap:
@@ -210,7 +217,10 @@ class Translations(Geometric, Group):
                 f"every element of {self.name}" + ("" if self.wrap else ", which are infinitely many"),
                 "Translations(wrap=True) and a size (H, W)", reason="infinite-group",
             )
-        return torch.cartesian_prod(*(torch.arange(side, dtype=torch.float32) for side in size))
+        if self.reach is None:
+            return torch.cartesian_prod(*(torch.arange(side, dtype=torch.float32) for side in size))
+        low, high = zip(*(self._range(side) for side in size), strict=True)
+        return torch.cartesian_prod(*(torch.arange(a, b + 1, dtype=torch.float32) for a, b in zip(low, high, strict=True)))
 
     def compose(self, g: Tensor, h: Tensor) -> Tensor:
         return g + h
