@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geomssl.encoders.base import in_transform
 from geomssl.errors import GeomsslError
 from geomssl.transforms.base import Group
 from geomssl.transforms.groups import CyclicRotations, Dihedral
@@ -80,7 +81,7 @@ class GroupConv2d(nn.Module):
         weight = self.weight
         keeps = not (
             self.training or (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling()
-            or not isinstance(weight, nn.Parameter) or weight.is_inference()
+            or not isinstance(weight, nn.Parameter) or weight.is_inference() or in_transform()
         )
         if not keeps:
             return self._expand(weight)
