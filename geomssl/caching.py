@@ -1,4 +1,4 @@
-"""Gradient caching: a batch larger than memory, encoded in micro-batches twice, with the gradient of the whole (Gao et al. 2021)."""
+"""Gradient caching: a batch larger than memory, encoded twice in micro-batches, with the gradient of the whole batch."""
 
 from __future__ import annotations
 
@@ -72,7 +72,8 @@ class Cache(Through):
     statistics move in 3 alone, once an image; dropout draws in 3 what it drew in 1. Micro-batch i of k takes the rows
     i, i + k, i + 2k, ...: all are of one size, give or take a row, and each holds all views of its images when they come in
     one joint pass of N images a view, N a multiple of k. A method of the encoder other than fibres() and forward()
-    keeps its graph, as without caching. Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup, 2021.
+    keeps its graph, as without caching. Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory
+    Limited Setup, 2021.
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 from geomssl.device import device
 from geomssl.errors import GeomsslError
 
+# how long the others wait for rank 0 while it writes and probes; torchrun sees a dead process at once, whatever this is
+PATIENCE = timedelta(hours=1)
 HALF = (torch.bfloat16, torch.float16)
 _store: dist.Store | None = None
 
@@ -85,10 +88,10 @@ def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
         _average([p.grad for p in parameters if p.grad is not None])
 
 
-def average_buffers(module: nn.Module) -> None:
-    """Replace running statistics by their mean over the processes; counters are equal already."""
+def average_statistics(module: nn.Module) -> None:
+    """Replace the running statistics of norms by their mean over the processes; all else is equal already."""
     if world() > 1:
-        _average([b for b in module.buffers() if b.is_floating_point()])
+        _average([b for name, b in module.named_buffers() if name.endswith(("running_mean", "running_var"))])
 
 
 @torch.no_grad()
@@ -135,7 +138,8 @@ def session(name: str) -> Iterator[torch.device]:
     global _store
     chosen = _own_device(name)
     _store, number, size = next(dist.rendezvous("env://"))
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", store=_store, rank=number, world_size=size)
+    backend = "nccl" if chosen.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=PATIENCE)
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         yield chosen

@@ -1,4 +1,4 @@
-"""The training loop: views made on the device, one backward a step, a whole checkpoint after every epoch."""
+"""The training loop: views made on the device, no wait for the host in a step, a whole checkpoint after every epoch."""
 
 from __future__ import annotations
 
@@ -10,87 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
-from geomssl import checkpoint, data, files
-from geomssl.data.base import Source, to_unit
-from geomssl.encoders.base import Encoder
+from geomssl import checkpoint, data, device, distributed, files
+from geomssl.caching import Cache
+from geomssl.data.base import to_unit
 from geomssl.errors import GeomsslError
-from geomssl.objectives.base import Batch, Losses, Objective, View
+from geomssl.learner import Learner, build_encoder, epoch_order, initialise, make_batch
+from geomssl.objectives.base import Batch, Losses
 from geomssl.optim import learning_rate
 from geomssl.progress import track
-from geomssl.recipe import Recipe, build, flat, refuse_strangers
+from geomssl.recipe import MACHINE, Recipe, build, flat, refuse_strangers
 from geomssl.registry import resolve
-from geomssl.seeding import generator, seeded
+from geomssl.seeding import seeded
+
+__all__ = ["Learner", "Trainer", "build_encoder", "epoch_order", "initialise", "make_batch", "resume", "start"]
 
 FINITE_EVERY = 50
 
 
-class Learner(nn.Module):
-    """The one module that trains: encoder, objective with its heads, and a linear classifier that is detached from both."""
-
-    def __init__(self, encoder: Encoder, objective: Objective, classifier: nn.Linear | None) -> None:
-        super().__init__()
-        self.encoder, self.objective, self.classifier = encoder, objective, classifier
-        if not objective.trains_encoder:
-            encoder.requires_grad_(False)
-
-    def train(self, mode: bool = True) -> Learner:
-        super().train(mode)
-        if not self.objective.trains_encoder:
-            self.encoder.eval()
-        return self
-
-    def forward(self, batch: Batch) -> tuple[Losses, Tensor, Tensor]:
-        """The objective's losses, and the classifier's own loss and share of correct labels on the detached h."""
-        losses = self.objective(self.encoder, batch)
-        if self.classifier is None or batch.labels is None:
-            nothing = losses.total.new_zeros(())
-            return losses, nothing, nothing
-        logits = self.classifier(losses.h.detach())
-        correct = (logits.argmax(dim=1) == batch.labels).float().mean()
-        return losses, F.cross_entropy(logits, batch.labels), correct
-
-
-def initialise(recipe: Recipe, channels: int, size: int, classes: int) -> Learner:
-    """Encoder, objective and classifier as the recipe's seed initialises them. The same on every device."""
-    with seeded(recipe.seed, "initialise"):
-        encoder = build_encoder(recipe, channels, size)
-        objective = resolve("objective", recipe.objective.name)(recipe.objective, encoder, classes, channels)  # type: ignore[attr-defined]
-        classifier = nn.Linear(encoder.dim, classes) if classes > 1 else None
-    return Learner(encoder, objective, classifier)
-
-
-def build_encoder(recipe: Recipe, channels: int, size: int) -> Encoder:
-    """The recipe's encoder for images of that size; draws its weights from the global generator."""
-    config = recipe.encoder
-    if "size" in type(config).model_fields and config.size is None:  # type: ignore[attr-defined]
-        config = config.model_copy(update={"size": size})
-    return resolve("encoder", config.name)(channels, config)  # type: ignore[attr-defined]
-
-
-def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order (n,) in which an epoch visits the images."""
-    return torch.randperm(n, generator=generator(seed, "order", epoch))
-
-
-def make_batch(
-    source: Source, indices: Tensor, objective: Objective, device: torch.device, seed: int, *counters: int
-) -> Batch:
-    """The views of those images. Parameters are drawn for the whole batch on the CPU, so they are equal on every device."""
-    images = to_unit(source.images(indices))
-    views = {}
-    for spec in objective.views:
-        drawn = spec.policy.sample(len(indices), generator(seed, f"view-{spec.name}", *counters), (source.size,) * 2)
-        params = drawn.to(device, non_blocking=True)
-        views[spec.name] = View(spec.policy(images, params), params, spec.policy)
-    draw = torch.rand(len(indices), objective.draws, generator=generator(seed, "draw", *counters))
-    labels = None if source.labels is None else source.labels[indices].to(device, non_blocking=True)
-    return Batch(views, labels, indices, draw.to(device, non_blocking=True))
-
-
-def start(recipe: Recipe, out: Path | str, device: torch.device, overwrite: bool = False) -> Trainer:
+def start(recipe: Recipe, out: Path | str, where: torch.device, overwrite: bool = False) -> Trainer:
     """A new run. An existing checkpoint is kept unless `overwrite`."""
     out = Path(out)
     if out.suffix != ".pt":
@@ -98,43 +38,77 @@ def start(recipe: Recipe, out: Path | str, device: torch.device, overwrite: bool
     if out.exists() and not overwrite:
         raise GeomsslError(f"{out} exists", "another --out, --resume to continue it, or --overwrite", reason="exists")
     files.check(checkpoint.folder(out) / "metrics.jsonl")
-    return Trainer(recipe, out, device)
+    return Trainer(recipe, out, where)
 
 
-def resume(path: Path | str, device: torch.device, layers: Sequence[Mapping[str, Any]] = ()) -> Trainer:
-    """Continue a run where its checkpoint ends. `layers` may repeat its settings, not change them."""
+def resume(path: Path | str, where: torch.device, layers: Sequence[Mapping[str, Any]] = ()) -> Trainer:
+    """Continue a run where its checkpoint ends.
+
+    `layers` may repeat its settings, and change none but recipe.MACHINE; the device and the number of processes may differ.
+    """
     path = checkpoint.located(path)
     state = checkpoint.load(path)
     refuse_strangers(state["config"], layers, str(path))
-    recipe = build([state["config"]], str(path))
-    was, wanted = flat(recipe.plain()), flat(build([state["config"], *layers]).plain())
-    differing = sorted(key for key in was.keys() | wanted.keys() if was.get(key) != wanted.get(key))
+    recipe = build([state["config"], *layers], str(path))
+    was, wanted = flat(build([state["config"]], str(path)).plain()), flat(recipe.plain())
+    differing = sorted(key for key in (was.keys() | wanted.keys()) - MACHINE if was.get(key) != wanted.get(key))
     if differing:
         said = ", ".join(f"{key} = {wanted.get(key)} (was {was.get(key)})" for key in differing)
         raise GeomsslError(f"--resume {path} with {said}", "the settings of the run that is resumed", reason="changed-recipe")
-    trainer = Trainer(recipe, path, device)
+    trainer = Trainer(recipe, path, where)
     trainer.restore(state)
     return trainer
 
 
 class Trainer:
-    """One run: a recipe, its data, the learner and its optimizers, and the file that holds its last whole epoch."""
+    """One run: a recipe, its data, the learner and its optimizers, and the file that holds its last whole epoch.
 
-    def __init__(self, recipe: Recipe, out: Path | str, device: torch.device) -> None:
-        self.recipe, self.out, self.device = recipe, Path(out), device
-        self.source = data.load_config(recipe.dataset, "train").to(device)
-        self.val = data.load_config(recipe.dataset, "val").to(device)
+    notes: sentences that a person should read once, about what this machine makes of the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, out: Path | str, where: torch.device) -> None:
+        self.recipe, self.out, self.device = recipe, Path(out), where
+        self.notes: list[str] = []
+        distributed.check_batch(recipe.batch_size)
+        half = device.precision(recipe.precision, where)
+        self.source = data.load_config(recipe.dataset, "train").to(where)
+        self.val = data.load_config(recipe.dataset, "val").to(where)
+        self.notes += dict.fromkeys([*self.source.notes, *self.val.notes])
         if recipe.batch_size > len(self.source):
             raise GeomsslError(
                 f"batch_size = {recipe.batch_size} on {len(self.source)} training images", f"2 to {len(self.source)}",
                 reason="too-few-images",
             )
-        self.learner = initialise(recipe, self.source.channels, self.source.size, len(self.source.classes)).to(device)
+        self.learner = initialise(recipe, self.source.channels, self.source.size, len(self.source.classes)).to(where)
+        self.learner.half = half
+        self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        self.learner.encoder.to(memory_format=self.layout)
+        self._join_norms()
+        self.scaler = torch.amp.GradScaler(where.type, enabled=half is torch.float16)
         self.optimizers = self._optimizers()
         self.steps_per_epoch = len(self.source) // recipe.batch_size
         self.epoch, self.step, self.saved_epoch = 0, 0, 0
         self.history: list[dict[str, Any]] = []
-        self._try_one_batch()
+        unused = self._try_one_batch()
+        if recipe.compile:
+            device.compiler(where)
+            self.learner.compile_encoder()
+        self.model: nn.Module = self.learner
+        # with gradient caching there is no one backward pass to hang the exchange on: _cached_step does it
+        if distributed.world() > 1 and recipe.micro_batch is None:
+            self.model = DistributedDataParallel(
+                self.learner, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
+            )
+
+    def _join_norms(self) -> None:
+        """BatchNorm inside the encoder sees all processes on cuda; on the CPU, where torch has no such norm, one of them."""
+        norms = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.learner.encoder.modules())
+        if distributed.world() == 1 or not norms or not self.learner.objective.trains_encoder:
+            return
+        if self.device.type == "cuda":
+            self.learner.encoder = nn.SyncBatchNorm.convert_sync_batchnorm(self.learner.encoder)
+        else:
+            self.notes.append("BatchNorm in the encoder takes its statistics per process: SyncBatchNorm works on cuda alone")
 
     def _optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """One for the encoder and the heads by the recipe, one for the detached classifier."""
@@ -146,37 +120,88 @@ class Trainer:
             found["classifier"] = torch.optim.SGD(
                 self.learner.classifier.parameters(), lr=self.recipe.classifier_lr, momentum=0.9
             )
+        if not found:
+            raise GeomsslError(
+                f"objective {self.recipe.objective.name} on a data set without labels",  # type: ignore[attr-defined]
+                "something to train: another objective, or labels for the online classifier", reason="no-labels",
+            )
         self.peaks = {name: optimizer.param_groups[0]["lr"] for name, optimizer in found.items()}
         return found
 
-    @torch.no_grad()
-    def _try_one_batch(self) -> None:
-        """A pass in eval mode over the first images, so that what does not fit is found before anything is written."""
+    def _try_one_batch(self) -> bool:
+        """A pass in eval mode over the first images, so that what does not fit is found before anything is written.
+
+        Returns whether the loss misses a parameter, which DistributedDataParallel must know.
+        """
         self.learner.eval()
         first = torch.arange(min(4, self.recipe.batch_size))
-        self.learner(make_batch(self.source, first, self.learner.objective, self.device, self.recipe.seed, 0, 0))
+        batch = self._batch(first, 0, 0, rows=slice(None))
+        several = distributed.world() > 1
+        try:
+            with torch.set_grad_enabled(several):
+                losses, classifier_loss, _ = self.learner(batch)
+        except RuntimeError as error:
+            if not self.recipe.channels_last or isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            name = self.recipe.encoder.name  # type: ignore[attr-defined]
+            raise GeomsslError(
+                f"channels_last = true with encoder {name}: {str(error).splitlines()[0]}", "channels_last = false",
+                reason="bad-value",
+            ) from error
+        if not several:
+            return False
+        trained = [p for p in self.learner.parameters() if p.requires_grad]
+        found = torch.autograd.grad(losses.total + classifier_loss, trained, allow_unused=True)
+        return any(gradient is None for gradient in found)
+
+    def _batch(self, indices: Tensor, *counters: int, rows: slice | None = None) -> Batch:
+        return make_batch(
+            self.source, indices, self.learner.objective, self.device, self.recipe.seed, *counters, rows=rows,
+            layout=self.layout,
+        )
+
+    def fingerprints(self) -> dict[str, str]:
+        """What tells the images of this run from all others."""
+        return {source.split: source.fingerprint for source in (self.source, self.val)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint's state."""
+        was, now = state.get("data", {}), self.fingerprints()
+        changed = [split for split in was if was[split] != now.get(split)]
+        if changed:
+            said = ", ".join(f"{split} has fingerprint {now.get(split)} (was {was[split]})" for split in changed)
+            raise GeomsslError(
+                f"--resume {self.out} on other images: {said}", "the images that the run was started on",
+                reason="changed-data",
+            )
         self.learner.load_state_dict(state["weights"])
         for name, optimizer in self.optimizers.items():
+            # which kernels to use is this machine's affair
+            kernels = [{key: group.get(key) for key in ("fused", "foreach")} for group in optimizer.param_groups]
             optimizer.load_state_dict(state["optimizer"][name])
+            for group, own in zip(optimizer.param_groups, kernels, strict=True):
+                group.update(own)
+        if state["scaler"] and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
         self.epoch, self.step, self.history = state["epoch"], state["step"], list(state["history"])
         self.saved_epoch = self.epoch
 
     def save(self) -> None:
-        """Replace run.pt, then the metrics beside it, by the state at the end of the last epoch."""
+        """Replace run.pt, then the metrics beside it, by the state at the end of the last epoch. Rank 0 alone writes."""
+        self.saved_epoch = self.epoch
+        if distributed.rank():
+            return
         checkpoint.save(self.out, {
             "weights": self.learner.state_dict(),
             "optimizer": {name: optimizer.state_dict() for name, optimizer in self.optimizers.items()},
             "schedule": {"kind": "warm-up, cosine", "step": self.step, "steps": self.recipe.epochs * self.steps_per_epoch},
-            "scaler": {},
+            "scaler": self.scaler.state_dict(),
             "step": self.step,
             "epoch": self.epoch,
             "config": self.recipe.plain(),
+            "data": self.fingerprints(),
             "history": self.history,
         })
-        self.saved_epoch = self.epoch
         lines = "".join(json.dumps(row) + "\n" for row in self.history)
         files.write(checkpoint.folder(self.out) / "metrics.jsonl", lines)
 
@@ -207,7 +232,8 @@ class Trainer:
 
     def _tell(self, after_epoch: Callable[[Trainer], None] | None) -> None:
         """Call `after_epoch`, and restore the modes, the gradients' flags and the global generators that it may have moved."""
-        if after_epoch is None:
+        if after_epoch is None or distributed.rank():
+            distributed.wait()
             return
         modes = [(module, module.training) for module in self.learner.modules()]
         needed = [(parameter, parameter.requires_grad) for parameter in self.learner.parameters()]
@@ -220,35 +246,60 @@ class Trainer:
                 module.training = mode
             for parameter, flag in needed:
                 parameter.requires_grad_(flag)
+        distributed.wait()
 
     def _epoch(self) -> dict[str, Any]:
         """One pass over the training images in a seeded order; no host synchronisation inside a step."""
+        for source in (self.source, self.val):
+            source.check()
         self.learner.train()
         order = epoch_order(len(self.source), self.recipe.seed, self.epoch)
         rows: list[Tensor] = []
         names: list[str] = []
         rates: list[float] = []
-        with seeded(self.recipe.seed, "epoch", self.epoch):
+        size = self.recipe.batch_size
+        # dropout draws other masks on every rank; views do not depend on it
+        ranked = (distributed.rank(),) if distributed.rank() else ()
+        with seeded(self.recipe.seed, "epoch", self.epoch, *ranked):
             for k in range(self.steps_per_epoch):
                 rates.append(self._set_rates())
-                indices = order[k * self.recipe.batch_size : (k + 1) * self.recipe.batch_size]
-                batch = make_batch(
-                    self.source, indices, self.learner.objective, self.device, self.recipe.seed, self.epoch, k
-                )
-                losses, classifier_loss, correct = self.learner(batch)
-                (losses.total + classifier_loss).backward()
-                for optimizer in self.optimizers.values():
-                    optimizer.step()
-                    optimizer.zero_grad(set_to_none=True)
+                indices, following = order[k * size : (k + 1) * size], order[(k + 1) * size : (k + 2) * size]
+                self.source.prefetch(following[distributed.shard(len(following))])
+                losses, correct = self._step(self._batch(indices, self.epoch, k))
                 names = ["loss", *losses.terms, "online_train_accuracy"]
                 rows.append(torch.stack([losses.total.detach(), *losses.terms.values(), correct]))
                 self.step += 1
                 if len(rows) % FINITE_EVERY == 0 or k == self.steps_per_epoch - 1:
-                    self._check_finite(rows, rates)
-        means = torch.stack(rows).double().mean(dim=0).tolist()
+                    recent = slice((len(rows) - 1) // FINITE_EVERY * FINITE_EVERY, None)
+                    self._check_finite(distributed.mean(torch.stack(rows[recent])), rates[recent])
+        distributed.average_statistics(self.learner)
+        means = distributed.mean(torch.stack(rows).double().mean(dim=0)).tolist()
         if self.learner.classifier is None:
             names, means = names[:-1], means[:-1]
-        return {"lr": rates[-1], **dict(zip(names, means, strict=True))}
+        cached = {} if self.recipe.micro_batch is None else {"micro_batch": self.recipe.micro_batch}
+        return {"lr": rates[-1], **cached, **dict(zip(names, means, strict=True))}
+
+    def _step(self, batch: Batch) -> tuple[Losses, Tensor]:
+        """Forward, backward, the mean of the gradients over the processes, and the optimizers."""
+        cache = None
+        if self.recipe.micro_batch is not None:
+            cache = Cache(self.learner.encoder, self.learner.passes, self.recipe.micro_batch, self.learner.autocast)
+        try:
+            losses, classifier_loss, correct = self.model(batch, cache)
+        except Exception as error:
+            # told by name: importing the compiler to name its errors would cost every run seconds
+            if self.recipe.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise device.no_compile(error) from error
+            raise
+        self.scaler.scale(losses.total + classifier_loss).backward()
+        if cache is not None:
+            cache.replay()
+            distributed.average_gradients(self.learner.parameters())
+        for optimizer in self.optimizers.values():
+            self.scaler.step(optimizer)
+            optimizer.zero_grad(set_to_none=True)
+        self.scaler.update()
+        return losses, correct
 
     def _set_rates(self) -> float:
         steps = self.recipe.epochs * self.steps_per_epoch
@@ -259,9 +310,9 @@ class Trainer:
                 group["lr"] = rates[name]
         return rates.get("model", 0.0)
 
-    def _check_finite(self, rows: list[Tensor], rates: list[float]) -> None:
-        """Stop at the first loss, or the first weights, that are not finite."""
-        losses = torch.stack(rows)[:, 0]
+    def _check_finite(self, rows: Tensor, rates: list[float]) -> None:
+        """Stop at the first of the last steps' losses, or at weights, that are not finite; rows: one a step, loss first."""
+        losses = rows[:, 0]
         healthy = torch.stack([p.detach().isfinite().all() for p in self.learner.parameters()]).all()
         if bool(losses.isfinite().all()) and bool(healthy):
             return
@@ -277,14 +328,17 @@ class Trainer:
 
     @torch.no_grad()
     def _validate(self) -> dict[str, Any]:
-        """Accuracy of the online classifier on the validation split, weighted by sample."""
+        """Accuracy of the online classifier on the validation split, weighted by sample over all processes."""
         if self.learner.classifier is None or self.val.labels is None or not len(self.val):
             return {}
         self.learner.eval()
         correct = torch.zeros((), dtype=torch.long, device=self.device)
-        for chunk in torch.arange(len(self.val)).split(self.recipe.batch_size):
-            h = self.learner.encoder(to_unit(self.val.images(chunk)))
-            correct += (self.learner.classifier(h).argmax(dim=1) == self.val.labels[chunk].to(self.device)).sum()
-        accuracy = correct.item() / len(self.val)
+        own = torch.arange(distributed.rank(), len(self.val), distributed.world())
+        for chunk in own.split(self.recipe.batch_size) if len(own) else ():
+            images = to_unit(self.val.images(chunk)).contiguous(memory_format=self.layout)
+            with self.learner.autocast():
+                logits = self.learner.classifier(self.learner.encoder(images))
+            correct += (logits.argmax(dim=1) == self.val.labels[chunk].to(self.device)).sum()
+        accuracy = distributed.total(correct).item() / len(self.val)
         assert math.isfinite(accuracy)
         return {"online_val_accuracy": accuracy}

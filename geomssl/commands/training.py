@@ -7,18 +7,20 @@ from typing import Any
 import click
 
 from geomssl.commands.model import named, option
+from geomssl.commands.scheduled import Scheduled
 from geomssl.config import assignments
 from geomssl.errors import GeomsslError
 from geomssl.options import flags, given
 from geomssl.progress import shown
 from geomssl.registry import names
 
+OWN = ("seed", "epochs", "batch_size", "precision", "channels_last", "compile", "micro_batch")
+
 
 def _train_options() -> list[click.Option]:
     from geomssl.recipe import Recipe
 
-    own = ("seed", "epochs", "batch_size")
-    skip = tuple(field for field in Recipe.model_fields if field not in own)
+    skip = tuple(field for field in Recipe.model_fields if field not in OWN)
     return [
         *flags(Recipe, skip),
         option("--objective", metavar="NAME", help=", ".join(names("objective")) + "  [default: simclr]"),
@@ -36,26 +38,34 @@ def _train_options() -> list[click.Option]:
 
 
 def _train(recipe_file: str | None, **values: Any) -> None:
-    from geomssl import checkpoint, data, device, training
+    from geomssl import checkpoint, data, distributed, training
     from geomssl.recipe import Recipe, build, read
 
-    flagged = given(Recipe, {key: values[key] for key in ("seed", "epochs", "batch_size")}) | named(values)
+    flagged = given(Recipe, {key: values[key] for key in OWN}) | named(values)
     if values["dataset"]:
         flagged["dataset"] = data.section(values["dataset"])
     layers = [flagged, assignments(values["assigned"])]
     if recipe_file is not None:
         layers.insert(0, read(recipe_file))
-    where = device.device(values["device"])
-    if values["resume"]:
-        if values["out"] or values["overwrite"]:
-            expected = "--resume RUN.pt alone: it writes to RUN.pt"
-            raise GeomsslError("--resume with --out or --overwrite", expected, reason="bad-usage")
-        trainer = training.resume(values["resume"], where, layers)
-    else:
-        recipe = build(layers, recipe_file or "command line")
-        trainer = training.start(recipe, values["out"] or "run.pt", where, values["overwrite"])
-    with shown(not values["quiet"]):
-        history = trainer.run(values["stop_after"])
+    with distributed.session(values["device"]) as where:
+        if values["resume"]:
+            if values["out"] or values["overwrite"]:
+                expected = "--resume RUN.pt alone: it writes to RUN.pt"
+                raise GeomsslError("--resume with --out or --overwrite", expected, reason="bad-usage")
+            trainer = training.resume(values["resume"], where, layers)
+        else:
+            recipe = build(layers, recipe_file or "command line")
+            trainer = training.start(recipe, values["out"] or "run.pt", where, values["overwrite"])
+        speaks = distributed.rank() == 0
+        for note in trainer.notes if speaks else ():
+            click.echo(f"geomssl: note: {note}", err=True)
+        scheduled = Scheduled()
+        with shown(speaks and not values["quiet"]):
+            if values["resume"]:
+                scheduled.catch_up(trainer)
+            history = trainer.run(values["stop_after"], scheduled)
+    if not speaks:
+        return
     last = history[-1] if history else {}
     figures = "  ".join(f"{k} {v:.4g}" for k, v in last.items() if isinstance(v, float) and k not in ("lr", "seconds"))
     click.echo(f"epoch {last.get('epoch', 0)} of {trainer.recipe.epochs}  {figures}")
@@ -68,5 +78,6 @@ train = click.Command(
     "Precedence: defaults < recipe < flags < --set. Ctrl-C keeps the last whole checkpoint.\n\n\b\nExamples:\n"
     "  geomssl train digits-simclr --out run.pt\n"
     "  geomssl train --objective hssl --encoder c4-cnn --dataset digits --set optim.lr=0.1 --out hssl.pt\n"
-    "  geomssl train --resume run.pt",
+    "  geomssl train --resume run.pt\n"
+    "  torchrun --nproc-per-node 2 -m geomssl train digits-simclr --out run.pt",
 )

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from geomssl.distributed import gather
 from geomssl.encoders.base import Encoder
 from geomssl.transforms.base import Transform
 
@@ -30,7 +31,10 @@ class View(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """What one step sees, on the device. draw: uniform numbers in [0, 1) (N, objective.draws) of this step."""
+    """What one process sees of a step, on the device: its rows of the batch that all processes share.
+
+    draw: uniform numbers in [0, 1) (N, objective.draws) of this step.
+    """
 
     views: dict[str, View]
     labels: Tensor | None
@@ -49,6 +53,10 @@ class Losses(NamedTuple):
 
 class Objective(nn.Module):
     """A loss with its heads, built as Class(config, encoder, classes, channels); Class.Config is its schema.
+
+    A loss whose examples meet gathers what enters its heads (distributed.gather), so that it is the loss of the joined batch
+    on every process; a mean over examples needs no gathering. It computes on losses.wide numbers, or by functions that
+    autocast keeps in float32 (cross_entropy, mse_loss).
 
     views:          what the trainer draws for every batch.
     draws:          how many uniform numbers an example needs beside its views (fibre locations).
@@ -75,6 +83,12 @@ class Objective(nn.Module):
 
     @abstractmethod
     def forward(self, encoder: Encoder, batch: Batch) -> Losses: ...
+
+
+def encoded(encoder: Encoder, *images: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    """h of several views in one pass: of the joined batch of all processes, and this process's own of the first view."""
+    own = joint(encoder, *images)
+    return tuple(gather(h) for h in own), own[0]
 
 
 def joint(encode: nn.Module, *images: Tensor) -> tuple[Tensor, ...]:

@@ -5,23 +5,25 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.config import Settings
+from geomssl.distributed import gather
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
 from geomssl.heads import mlp
 from geomssl.losses import Denominator, info_nce
-from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, joint
+from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded, joint
 from geomssl.transforms import policy
 
 
 class CIPER(Objective):
     """L = contrastive InfoNCE(z1, z2) + alpha MSE(p(h(x) - h(x_t)), r_t), the mean over both views (Xu and Triesch, Eq. 1, 2).
 
-    r_t: the parameters of the augmentation in the policy's fixed order, each standardised over the batch; those that do not
-    act on the images (hue on one channel) are left out. Eq. 1 is printed with a minus sign; the loss is the plain mean
+    r_t: the parameters of the augmentation in the policy's fixed order, each standardised over the joined batch; those that
+    do not act on the images (hue on one channel) are left out. Eq. 1 is printed with a minus sign; the loss is the plain mean
     squared error. The un-augmented anchor is encoded too, in one pass with both views: three images a sample.
     contrastive = 0 is the predictive-only model (C2).
     """
@@ -56,14 +58,14 @@ class CIPER(Objective):
 
     def forward(self, encoder: Encoder, batch: Batch) -> Losses:
         assert self.projector is not None
-        h0, h1, h2 = joint(encoder, *(batch.views[name].images for name in ("plain", "1", "2")))
+        (h0, h1, h2), own = encoded(encoder, *(batch.views[name].images for name in ("plain", "1", "2")))
         z1, z2 = joint(self.projector, h1, h2)
         contrastive = info_nce(z1, z2, self.config.beta, self.config.denominator, symmetric=True)
         predicted = self.predictor(torch.cat([h0 - h1, h0 - h2]))
-        wanted = torch.cat([standardise(batch.views[name].params[:, self.acting]) for name in ("1", "2")])
-        prediction = (predicted - wanted.to(predicted)).square().mean()
+        wanted = torch.cat([standardise(gather(batch.views[name].params[:, self.acting])) for name in ("1", "2")])
+        prediction = F.mse_loss(predicted, wanted.to(predicted))
         total = self.config.contrastive * contrastive + self.config.alpha * prediction
-        return Losses(total, {"info_nce": contrastive.detach(), "prediction": prediction.detach()}, h0)
+        return Losses(total, {"info_nce": contrastive.detach(), "prediction": prediction.detach()}, own)
 
 
 def standardise(params: Tensor) -> Tensor:

@@ -9,11 +9,12 @@ from pydantic import Field
 from torch import Tensor
 
 from geomssl.config import Settings
+from geomssl.distributed import gather
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
 from geomssl.heads import mlp
 from geomssl.losses import Denominator, info_nce
-from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec
+from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, joint
 from geomssl.transforms import policy
 from geomssl.transforms.base import Transform
 
@@ -60,10 +61,10 @@ class HSSL(Objective):
         maps = encoder.fibres(images)
         fibres = self.line(maps)
         if self.config.positives == "fibres":
-            bundles = torch.cat([pick(fibres, batch.draw[:, 0]), pick(fibres, batch.draw[:, 1])])
+            bundles = pick(fibres, batch.draw[:, 0]), pick(fibres, batch.draw[:, 1])
         else:
-            bundles = pick(fibres, batch.draw[:, 0].repeat(2))
-        z1, z2 = self.projector(bundles).chunk(2)
+            bundles = pick(fibres, batch.draw[:, 0].repeat(2)).chunk(2)
+        z1, z2 = joint(self.projector, *(gather(bundle) for bundle in bundles))
         loss = info_nce(z1, z2, self.config.beta, self.config.denominator)
         return Losses(loss, {"info_nce": loss.detach()}, encoder.pool(maps)[: len(batch.indices)])
 

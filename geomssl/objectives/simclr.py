@@ -10,7 +10,7 @@ from geomssl.config import Settings
 from geomssl.encoders.base import Encoder
 from geomssl.heads import mlp
 from geomssl.losses import Denominator, info_nce
-from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, joint
+from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded, joint
 from geomssl.transforms import policy
 
 
@@ -33,7 +33,7 @@ class SimCLR(Objective):
 
     def forward(self, encoder: Encoder, batch: Batch) -> Losses:
         assert self.projector is not None
-        h1, h2 = joint(encoder, batch.views["1"].images, batch.views["2"].images)
+        (h1, h2), own = encoded(encoder, batch.views["1"].images, batch.views["2"].images)
         z1, z2 = joint(self.projector, h1, h2)
         loss = info_nce(z1, z2, self.config.beta, self.config.denominator, symmetric=True)
-        return Losses(loss, {"info_nce": loss.detach()}, h1)
+        return Losses(loss, {"info_nce": loss.detach()}, own)

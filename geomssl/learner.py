@@ -1,0 +1,127 @@
+"""What trains, and what it trains on: encoder, objective and classifier as one module, and the batch of a step."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from geomssl import distributed
+from geomssl.caching import Passes, Through
+from geomssl.data.base import Source, to_unit
+from geomssl.encoders.base import Encoder
+from geomssl.objectives.base import Batch, Losses, Objective, View
+from geomssl.recipe import Recipe
+from geomssl.registry import resolve
+from geomssl.seeding import generator, seeded
+
+
+class Learner(nn.Module):
+    """The one module that trains: encoder, objective with its heads, and a linear classifier that is detached from both.
+
+    half:   the number type of autocast, or None.
+    passes: the encoder's fibres and forward as a step calls them, compiled or not.
+    """
+
+    half: torch.dtype | None = None
+
+    def __init__(self, encoder: Encoder, objective: Objective, classifier: nn.Linear | None) -> None:
+        super().__init__()
+        self.encoder, self.objective, self.classifier = encoder, objective, classifier
+        self.compiled: Passes | None = None
+        if not objective.trains_encoder:
+            encoder.requires_grad_(False)
+
+    def train(self, mode: bool = True) -> Learner:
+        super().train(mode)
+        if not self.objective.trains_encoder:
+            self.encoder.eval()
+        return self
+
+    @property
+    def passes(self) -> Passes:
+        return self.compiled or {"fibres": self.encoder.fibres, "forward": self.encoder}
+
+    def compile_encoder(self) -> None:
+        """Let every later step run the encoder through torch.compile, made anew for each shape."""
+        self.compiled = {
+            "fibres": torch.compile(self.encoder.fibres, dynamic=False),
+            "forward": torch.compile(self.encoder.forward, dynamic=False),
+        }
+
+    def autocast(self, cache_enabled: bool = True) -> torch.autocast:
+        """The context in which encoder and heads run."""
+        kind = next(self.parameters()).device.type
+        return torch.autocast(kind, dtype=self.half, enabled=self.half is not None, cache_enabled=cache_enabled)
+
+    def forward(self, batch: Batch, encoder: Encoder | None = None) -> tuple[Losses, Tensor, Tensor]:
+        """The objective's losses, and the classifier's own loss and share of correct labels on the detached h.
+
+        encoder: what the objective sees in its place (a caching.Cache).
+        """
+        if encoder is None:
+            encoder = Through(self.encoder, self.compiled) if self.compiled else self.encoder
+        with self.autocast():
+            losses = self.objective(encoder, batch)
+            losses = losses._replace(h=losses.h.detach())
+            if self.classifier is None or batch.labels is None:
+                nothing = losses.total.new_zeros(())
+                return losses, nothing, nothing
+            logits = self.classifier(losses.h)
+            correct = (logits.argmax(dim=1) == batch.labels).float().mean()
+            return losses, F.cross_entropy(logits, batch.labels), correct
+
+
+def initialise(recipe: Recipe, channels: int, size: int, classes: int) -> Learner:
+    """Encoder, objective and classifier as the recipe's seed initialises them. The same on every device."""
+    with seeded(recipe.seed, "initialise"):
+        encoder = build_encoder(recipe, channels, size)
+        objective = resolve("objective", recipe.objective.name)(recipe.objective, encoder, classes, channels)  # type: ignore[attr-defined]
+        classifier = nn.Linear(encoder.dim, classes) if classes > 1 else None
+    return Learner(encoder, objective, classifier)
+
+
+def build_encoder(recipe: Recipe, channels: int, size: int) -> Encoder:
+    """The recipe's encoder for images of that size; draws its weights from the global generator."""
+    config = recipe.encoder
+    if "size" in type(config).model_fields and config.size is None:  # type: ignore[attr-defined]
+        config = config.model_copy(update={"size": size})
+    return resolve("encoder", config.name)(channels, config)  # type: ignore[attr-defined]
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> Tensor:
+    """The order (n,) in which an epoch visits the images."""
+    return torch.randperm(n, generator=generator(seed, "order", epoch))
+
+
+def make_batch(
+    source: Source,
+    indices: Tensor,
+    objective: Objective,
+    device: torch.device,
+    seed: int,
+    *counters: int,
+    rows: slice | None = None,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> Batch:
+    """The views of those images. Parameters are drawn for the whole batch on the CPU, so they are equal on every device.
+
+    rows:   of the batch, those that this process makes; its own by distributed.shard when not given.
+    layout: how the images lie in memory.
+    """
+    rows = distributed.shard(len(indices)) if rows is None else rows
+    own = indices[rows]
+    images = to_unit(source.images(own))
+
+    def moved(drawn: Tensor) -> Tensor:
+        return drawn[rows].to(device, non_blocking=True)
+
+    views = {}
+    for spec in objective.views:
+        params = moved(
+            spec.policy.sample(len(indices), generator(seed, f"view-{spec.name}", *counters), (source.size,) * 2)
+        )
+        views[spec.name] = View(spec.policy(images, params).contiguous(memory_format=layout), params, spec.policy)
+    draw = torch.rand(len(indices), objective.draws, generator=generator(seed, "draw", *counters))
+    labels = None if source.labels is None else source.labels[own].to(device, non_blocking=True)
+    return Batch(views, labels, own, moved(draw))
