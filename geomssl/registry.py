@@ -43,6 +43,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
     },
     "probe": {
         "equivariance": ("geomssl.probes.equivariance", "how far f(T_g x) is from the declared action on f(x)"),
+        "action": ("geomssl.probes.action", "does some affine action on f(x) exist, fitted, and is it the declared one"),
         "rank": ("geomssl.probes.rank", "rank of the projector and of the features, for every threshold"),
         "tangent": ("geomssl.probes.tangent", "the span of delta-h: unexplained variance and label match"),
         "bound": ("geomssl.probes.bound", "InfoNCE of batches as in training beside its upper bound"),
