@@ -130,7 +130,7 @@ class Artifact:
 
     @property
     def options_hash(self) -> str:
-        return hashlib.sha256(canonical({"probe": self.probe, **self.options}).encode()).hexdigest()[:10]
+        return options_hash(self.probe, self.options)
 
     def metric(self, name: str) -> Metric:
         """The metric of that name; GeomsslError naming the nearest where there is none."""
@@ -160,8 +160,7 @@ class Artifact:
         """Write `<folder>/<probe>/<hash>[@step]/` whole or not at all, and return it. An older one there is replaced."""
         from geomssl import figures
 
-        suffix = "" if self.step is None else f"@{self.step}"
-        target = Path(folder) / self.probe / f"{self.options_hash}{suffix}"
+        target = place(folder, self.probe, self.options, self.step)
         part = files.writable(target).with_name(f".{target.name}.{os.getpid()}.part")
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         try:
@@ -183,6 +182,26 @@ class Artifact:
             shutil.rmtree(old, ignore_errors=True)
         files.sync_folder(target.parent)
         return target
+
+
+def options_hash(probe: str, options: Mapping[str, Any]) -> str:
+    """The first 10 hexadecimal digits of a SHA-256 of a probe's name and options."""
+    return hashlib.sha256(canonical({"probe": probe, **options}).encode()).hexdigest()[:10]
+
+
+def place(folder: Path | str, probe: str, options: Mapping[str, Any], step: int | None = None) -> Path:
+    """Where an artifact of that probe with those options lies: `<folder>/<probe>/<hash>[@step]`."""
+    suffix = "" if step is None else f"@{step}"
+    return Path(folder) / probe / f"{options_hash(probe, options)}{suffix}"
+
+
+def forget_steps(folder: Path | str) -> None:
+    """Remove what an earlier training of the same name measured on its way: every `<probe>/<hash>@<step>`."""
+    for found in _walk(Path(folder)):
+        if "@" in found.name:
+            # first what makes it an artifact: one that is half removed must not look whole
+            (found / "artifact.json").unlink()
+            shutil.rmtree(found)
 
 
 def load(folder: Path | str) -> Artifact:

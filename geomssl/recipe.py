@@ -11,6 +11,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 from geomssl.config import Settings, canonical, merge, parse, read_toml
 from geomssl.errors import GeomsslError, nearest
 from geomssl.registry import names, resolve
+from geomssl.schedule import Schedule
 
 # section of a recipe -> kind in the registry
 SECTIONS = {"dataset": "dataset", "encoder": "encoder", "objective": "objective", "optim": "optimizer"}
@@ -42,6 +43,7 @@ class Recipe(Settings):
     encoder: SerializeAsAny[Settings]
     objective: SerializeAsAny[Settings]
     optim: SerializeAsAny[Settings]
+    probes: Schedule = Field(Schedule(), description="which probes run while training, and when")
 
     @field_validator("dataset", "encoder", "objective", "optim", mode="before")
     @classmethod
@@ -75,7 +77,22 @@ def build(layers: Sequence[Mapping[str, Any]], where: str = "recipe") -> Recipe:
     for section, kind in SECTIONS.items():
         chosen = resolve(kind, str(merged[section].get("name")))
         merged[section] = parse(chosen.Config, merged[section], f"{where}: {section}")
-    return parse(Recipe, merged, where)
+    if "probes" in merged:
+        merged["probes"] = _schedule(merged["probes"], where)
+    recipe = parse(Recipe, merged, where)
+    late = [epoch for epoch in recipe.probes.at if epoch > recipe.epochs]
+    if late:
+        raise GeomsslError(
+            f"{where}: probes.at = {late[0]} in a training of {recipe.epochs} epochs", f"0 to {recipe.epochs}",
+            reason="bad-value",
+        )
+    return recipe
+
+
+def _schedule(given: Any, where: str) -> Schedule:
+    if not isinstance(given, Mapping):
+        raise GeomsslError(f"{where}: probes = {given!r}", "a table, such as probes.every", "probes.every", reason="bad-value")
+    return parse(Schedule, given, f"{where}: probes")
 
 
 def read(path: Path | str) -> dict[str, Any]:
