@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import signal
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from geomssl.device import device
 from geomssl.errors import GeomsslError
@@ -19,7 +22,7 @@ from geomssl.errors import GeomsslError
 # how long the others wait for rank 0 while it writes and probes; torchrun sees a dead process at once, whatever this is
 PATIENCE = timedelta(hours=1)
 HALF = (torch.bfloat16, torch.float16)
-_store: dist.Store | None = None
+_store: Any = None
 
 
 def world() -> int:
@@ -82,6 +85,17 @@ def total(values: Tensor) -> Tensor:
     return values
 
 
+def parallel(module: nn.Module, unused: bool) -> DistributedDataParallel:
+    """The module with gradients that are means over the processes; unused: its loss misses some parameter.
+
+    Nothing but gradients is exchanged in a step: running statistics stay each process's own until average_statistics.
+    """
+    # torch 2.13 has renamed the flag
+    flags = inspect.signature(DistributedDataParallel).parameters
+    quiet: dict[str, Any] = {"forward_sync_buffers" if "forward_sync_buffers" in flags else "broadcast_buffers": False}
+    return DistributedDataParallel(module, find_unused_parameters=unused, gradient_as_bucket_view=True, **quiet)
+
+
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Replace every gradient by its mean over the processes, in one exchange for each number type."""
     if world() > 1:
@@ -136,14 +150,15 @@ def session(name: str) -> Iterator[torch.device]:
         yield device(name)
         return
     global _store
-    chosen = _own_device(name)
-    _store, number, size = next(dist.rendezvous("env://"))
-    backend = "nccl" if chosen.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=PATIENCE)
+    _store, number, size = next(rendezvous("env://"))
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
+        chosen = _own_device(name)
+        backend = "nccl" if chosen.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=_store, rank=number, world_size=size, timeout=PATIENCE)
         yield chosen
         wait()
+        dist.destroy_process_group()
     except BaseException as error:
         # torchrun now ends the others, and this one while it speaks
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -152,15 +167,12 @@ def session(name: str) -> Iterator[torch.device]:
         if _broken(error):
             raise _lost() from error
         raise
-    else:
-        dist.destroy_process_group()
-        signal.signal(signal.SIGTERM, before)
-    finally:
-        _store = None
+    signal.signal(signal.SIGTERM, before)
 
 
 def _own_device(name: str) -> torch.device:
-    chosen, local = device(name), int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = device(name)
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if chosen.type == "cpu":
         return chosen
     if chosen.type != "cuda" or chosen.index is not None:
@@ -177,11 +189,10 @@ def _own_device(name: str) -> torch.device:
 
 def _first() -> bool:
     """True for one process of the job only: the first that asks. The store lives in torchrun and outlives every rank."""
-    assert _store is not None
     try:
         return _store.add(f"geomssl/spoken/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", 1) == 1
     except (RuntimeError, ValueError):
-        return rank() == 0
+        return os.environ["RANK"] == "0"
 
 
 def _broken(error: BaseException) -> bool:
@@ -194,7 +205,7 @@ def _broken(error: BaseException) -> bool:
 
 def _lost() -> GeomsslError:
     return GeomsslError(
-        f"a rank was lost: one of {world()} processes ended early",
+        f"a rank was lost: one of {os.environ.get('WORLD_SIZE')} processes ended early",
         "all of them alive; the checkpoint keeps the last whole epoch, --resume continues it", reason="lost-rank",
     )
 

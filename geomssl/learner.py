@@ -19,11 +19,11 @@ from geomssl.seeding import generator, seeded
 class Learner(nn.Module):
     """The one module that trains: encoder, objective with its heads, and a linear classifier that is detached from both.
 
-    half:   the number type of autocast, or None.
+    lower:  the number type of autocast, or None.
     passes: the encoder's fibres and forward as a step calls them, compiled or not.
     """
 
-    half: torch.dtype | None = None
+    lower: torch.dtype | None = None
 
     def __init__(self, encoder: Encoder, objective: Objective, classifier: nn.Linear | None) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class Learner(nn.Module):
     def autocast(self, cache_enabled: bool = True) -> torch.autocast:
         """The context in which encoder and heads run."""
         kind = next(self.parameters()).device.type
-        return torch.autocast(kind, dtype=self.half, enabled=self.half is not None, cache_enabled=cache_enabled)
+        return torch.autocast(kind, dtype=self.lower, enabled=self.lower is not None, cache_enabled=cache_enabled)
 
     def forward(self, batch: Batch, encoder: Encoder | None = None) -> tuple[Losses, Tensor, Tensor]:
         """The objective's losses, and the classifier's own loss and share of correct labels on the detached h.

@@ -36,7 +36,8 @@ def info_nce(
     if denominator not in get_args(Denominator):
         raise unknown("denominator", denominator, get_args(Denominator))
     with torch.autocast(z1.device.type, enabled=False):
-        return _info_nce(*(F.normalize(wide(z), dim=1) for z in (z1, z2)), beta, denominator, symmetric)
+        a, b = F.normalize(wide(z1), dim=1), F.normalize(wide(z2), dim=1)
+        return _info_nce(a, b, beta, denominator, symmetric)
 
 
 def _info_nce(a: Tensor, b: Tensor, beta: float, denominator: Denominator, symmetric: bool) -> Tensor:

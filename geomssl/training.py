@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from geomssl import checkpoint, data, device, distributed, files
 from geomssl.caching import Cache
@@ -70,7 +69,7 @@ class Trainer:
         self.recipe, self.out, self.device = recipe, Path(out), where
         self.notes: list[str] = []
         distributed.check_batch(recipe.batch_size)
-        half = device.precision(recipe.precision, where)
+        lower = device.precision(recipe.precision, where)
         self.source = data.load_config(recipe.dataset, "train").to(where)
         self.val = data.load_config(recipe.dataset, "val").to(where)
         self.notes += dict.fromkeys([*self.source.notes, *self.val.notes])
@@ -80,11 +79,11 @@ class Trainer:
                 reason="too-few-images",
             )
         self.learner = initialise(recipe, self.source.channels, self.source.size, len(self.source.classes)).to(where)
-        self.learner.half = half
+        self.learner.lower = lower
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        self.learner.encoder.to(memory_format=self.layout)
+        self.learner.encoder.to(memory_format=self.layout)  # type: ignore[call-overload]
         self._join_norms()
-        self.scaler = torch.amp.GradScaler(where.type, enabled=half is torch.float16)
+        self.scaler = torch.amp.GradScaler(where.type, enabled=lower is torch.float16)
         self.optimizers = self._optimizers()
         self.steps_per_epoch = len(self.source) // recipe.batch_size
         self.epoch, self.step, self.saved_epoch = 0, 0, 0
@@ -96,9 +95,7 @@ class Trainer:
         self.model: nn.Module = self.learner
         # with gradient caching there is no one backward pass to hang the exchange on: _cached_step does it
         if distributed.world() > 1 and recipe.micro_batch is None:
-            self.model = DistributedDataParallel(
-                self.learner, broadcast_buffers=False, find_unused_parameters=unused, gradient_as_bucket_view=True
-            )
+            self.model = distributed.parallel(self.learner, unused)
 
     def _join_norms(self) -> None:
         """BatchNorm inside the encoder sees all processes on cuda; on the CPU, where torch has no such norm, one of them."""

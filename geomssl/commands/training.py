@@ -25,7 +25,7 @@ def _train_options() -> list[click.Option]:
         *flags(Recipe, skip),
         option("--objective", metavar="NAME", help=", ".join(names("objective")) + "  [default: simclr]"),
         option("--encoder", metavar="NAME", help=", ".join(names("encoder")) + "  [default: cnn]"),
-        option("--dataset", metavar="NAME", help="digits, folder:PATH  [default: digits]"),
+        option("--dataset", metavar="NAME", help="NAME or NAME:PATH, see geomssl datasets  [default: digits]"),
         option("--optimizer", metavar="NAME", help=", ".join(names("optimizer")) + "  [default: sgd]"),
         option("--set", "assigned", multiple=True, metavar="KEY=VALUE", help="any key of the recipe, such as optim.lr=0.1"),
         option("--out", metavar="RUN.pt", help="the checkpoint; it owns the folder RUN/  [default: run.pt]"),
@@ -41,13 +41,13 @@ def _train(recipe_file: str | None, **values: Any) -> None:
     from geomssl import checkpoint, data, distributed, training
     from geomssl.recipe import Recipe, build, read
 
-    flagged = given(Recipe, {key: values[key] for key in OWN}) | named(values)
-    if values["dataset"]:
-        flagged["dataset"] = data.section(values["dataset"])
-    layers = [flagged, assignments(values["assigned"])]
-    if recipe_file is not None:
-        layers.insert(0, read(recipe_file))
     with distributed.session(values["device"]) as where:
+        flagged = given(Recipe, {key: values[key] for key in OWN}) | named(values)
+        if values["dataset"]:
+            flagged["dataset"] = data.section(values["dataset"])
+        layers = [flagged, assignments(values["assigned"])]
+        if recipe_file is not None:
+            layers.insert(0, read(recipe_file))
         if values["resume"]:
             if values["out"] or values["overwrite"]:
                 expected = "--resume RUN.pt alone: it writes to RUN.pt"
@@ -61,7 +61,7 @@ def _train(recipe_file: str | None, **values: Any) -> None:
             click.echo(f"geomssl: note: {note}", err=True)
         scheduled = Scheduled()
         with shown(speaks and not values["quiet"]):
-            if values["resume"]:
+            if values["resume"] and speaks:
                 scheduled.catch_up(trainer)
             history = trainer.run(values["stop_after"], scheduled)
     if not speaks:

@@ -61,10 +61,10 @@ class HSSL(Objective):
         maps = encoder.fibres(images)
         fibres = self.line(maps)
         if self.config.positives == "fibres":
-            bundles = pick(fibres, batch.draw[:, 0]), pick(fibres, batch.draw[:, 1])
+            first, second = pick(fibres, batch.draw[:, 0]), pick(fibres, batch.draw[:, 1])
         else:
-            bundles = pick(fibres, batch.draw[:, 0].repeat(2)).chunk(2)
-        z1, z2 = joint(self.projector, *(gather(bundle) for bundle in bundles))
+            first, second = pick(fibres, batch.draw[:, 0].repeat(2)).chunk(2)
+        z1, z2 = joint(self.projector, gather(first), gather(second))
         loss = info_nce(z1, z2, self.config.beta, self.config.denominator)
         return Losses(loss, {"info_nce": loss.detach()}, encoder.pool(maps)[: len(batch.indices)])
 
