@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
-
-from geomssl import registry
-from geomssl.errors import unknown
 from geomssl.transforms.base import Group, Parameter, Transform
-from geomssl.transforms.compose import POLICIES, Compose, policy
-from geomssl.transforms.geometric import Geometric, HorizontalFlip, ResizedCrop, Rotate, Translate, Zoom
+from geomssl.transforms.compose import Compose, policy
+from geomssl.transforms.expression import Expression, named, parse
+from geomssl.transforms.geometric import Geometric, HorizontalFlip, ResizedCrop, Rotate, Shear, Translate, Zoom
 from geomssl.transforms.groups import CyclicRotations, Dihedral, Flips, Scales, Translations
 from geomssl.transforms.photometric import (
     Brightness,
@@ -27,6 +23,7 @@ __all__ = [
     "Contrast",
     "CyclicRotations",
     "Dihedral",
+    "Expression",
     "Flips",
     "GaussianBlur",
     "Geometric",
@@ -40,42 +37,12 @@ __all__ = [
     "Rotate",
     "Saturation",
     "Scales",
+    "Shear",
     "Transform",
     "Translate",
     "Translations",
     "Zoom",
     "named",
+    "parse",
     "policy",
 ]
-
-_NAMED: dict[str, Callable[[], Transform]] = {
-    "c4": CyclicRotations,
-    "c8": lambda: CyclicRotations(8),
-    "d4": Dihedral,
-    "flips": Flips,
-    "translations": Translations,
-    **{
-        kind.name: kind
-        for kind in (
-            Rotate, Translate, Zoom, HorizontalFlip, ResizedCrop, Brightness, Contrast, Saturation, Hue, Jitter,
-            Grayscale, GaussianBlur,
-        )
-    },
-}
-
-
-def named(text: str) -> Transform:
-    """A transform by a short name, with its default settings.
-
-    "c4", "d4" and any other "c<n>" or "d<n>", "flips", "translations"; a continuous transform's name ("rotate", "zoom",
-    "resized-crop", ...); a policy's name; or "package.module:attribute", which is called. GeomsslError otherwise.
-    """
-    if text in _NAMED:
-        return _NAMED[text]()
-    if text in POLICIES:
-        return policy(text)
-    if found := re.fullmatch(r"([cd])([1-9]\d{0,2})", text):
-        return {"c": CyclicRotations, "d": Dihedral}[found[1]](int(found[2]))
-    if ":" in text:
-        return registry.load_attribute(text, "transform")()
-    raise unknown("transform", text, [*_NAMED, *POLICIES])
