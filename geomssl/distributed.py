@@ -175,7 +175,7 @@ def _own_device(name: str) -> torch.device:
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if chosen.type == "cpu":
         return chosen
-    if chosen.type != "cuda" or chosen.index is not None:
+    if str(chosen) != "cuda":
         raise GeomsslError(f"--device {name} with several processes", "cpu, or cuda without a number", reason="no-device")
     there = torch.cuda.device_count()
     if local >= there:

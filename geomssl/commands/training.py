@@ -61,7 +61,7 @@ def _train(recipe_file: str | None, **values: Any) -> None:
             click.echo(f"geomssl: note: {note}", err=True)
         scheduled = Scheduled()
         with shown(speaks and not values["quiet"]):
-            if values["resume"] and speaks:
+            if values["resume"]:
                 scheduled.catch_up(trainer)
             history = trainer.run(values["stop_after"], scheduled)
     if not speaks:
