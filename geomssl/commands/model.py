@@ -25,7 +25,7 @@ def model_options() -> list[click.Option]:
         option("--model", metavar="PACKAGE.MODULE:FACTORY", help="your own: a module, or (encoder, projector)"),
         option("--weights", metavar="F.safetensors", help="weights for --model"),
         option("--projector", metavar="LAYER", help="the layer of --model that is its projector; h is what enters it"),
-        option("--dataset", metavar="NAME", help="digits, folder:PATH, ...  [default: the run's own, else digits]"),
+        option("--dataset", metavar="NAME", help="NAME or NAME:PATH, see geomssl datasets  [default: the run's own, else digits]"),
         option("--set", "assigned", multiple=True, metavar="KEY=VALUE", help="a key of the data set, such as dataset.size=32"),
         option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="measured"),
         option("--device", default="auto", show_default=True, help="auto, cpu, cuda[:N] or mps"),
