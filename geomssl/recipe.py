@@ -10,7 +10,7 @@ from pydantic import Field, SerializeAsAny, field_validator
 
 from geomssl.config import Settings, canonical, merge, parse, read_toml
 from geomssl.errors import GeomsslError, nearest
-from geomssl.registry import names, resolve
+from geomssl.registry import known, resolve
 from geomssl.schedule import Schedule
 
 # section of a recipe -> kind in the registry
@@ -127,7 +127,7 @@ def refuse_strangers(config: Mapping[str, Any], repeated: Sequence[Mapping[str, 
     for section, kind in SECTIONS.items():
         name = str(config.get(section, {}).get("name"))
         trusted = any(layer.get(section, {}).get("name") == name for layer in repeated)
-        if name not in names(kind) and not trusted:
+        if not known(kind, name) and not trusted:
             raise GeomsslError(
                 f"{where} names the {kind} {name!r}, your own code", f"the same name on the command line (--{kind} {name})",
                 reason="untrusted-name",

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import importlib.util
 import sys
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any
 
 from geomssl.errors import GeomsslError, unknown
@@ -54,13 +57,33 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
     },
 }
 
+# kind -> library -> the same, for the names LIBRARY:NAME of that kind
+LIBRARIES: dict[str, dict[str, tuple[str, str]]] = {
+    "encoder": {
+        "timm": ("geomssl.encoders.zoo:Timm", "a model of timm (extra zoo)"),
+        "torchvision": ("geomssl.encoders.zoo:TorchVision", "a classification model of torchvision (extra zoo)"),
+    },
+}
+
 
 def names(kind: str) -> dict[str, str]:
-    """Every installed name of a kind with its line of help; built-in names first."""
+    """Every installed name of a kind with its line of help; built-in names first, LIBRARY:NAME for those of a library."""
     found = {name: line for name, (_, line) in BUILTIN[kind].items()}
+    found |= {f"{library}:NAME": line for library, (_, line) in LIBRARIES.get(kind, {}).items()}
     for entry in entry_points(group=f"geomssl.{kind}"):
         found.setdefault(entry.name, f"from {entry.value}")
     return found
+
+
+def library_of(kind: str, name: str) -> str | None:
+    """"timm" of "timm:resnet18": the library that the name belongs to, or None."""
+    library, colon, _ = name.partition(":")
+    return library if colon and library in LIBRARIES.get(kind, {}) else None
+
+
+def known(kind: str, name: str) -> bool:
+    """Whether the name is built in, installed or of a known library, so that resolving it imports no code of the user's."""
+    return name in names(kind) or library_of(kind, name) is not None
 
 
 def resolve(kind: str, name: str) -> Any:
@@ -71,6 +94,9 @@ def resolve(kind: str, name: str) -> Any:
     """
     if name in BUILTIN[kind]:
         return _load(BUILTIN[kind][name][0])
+    library = library_of(kind, name)
+    if library is not None:
+        return _load(LIBRARIES[kind][library][0])
     for entry in entry_points(group=f"geomssl.{kind}"):
         if entry.name == name:
             return entry.load()
@@ -80,18 +106,38 @@ def resolve(kind: str, name: str) -> Any:
 
 
 def load_attribute(path: str, kind: str) -> Any:
-    """`package.module:attribute`, with the current folder importable, as `python -m` has it."""
+    """`package.module:attribute`, with the current folder importable, as `python -m` has it; or `FILE.py:attribute`."""
     if "" not in sys.path:
         sys.path.insert(0, "")
     try:
         return _load(path)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, OSError) as error:
         raise GeomsslError(
-            f"{kind} {path!r}: {error}", "an importable package.module:attribute", reason="unknown-name"
+            f"{kind} {path!r}: {error}", "an importable package.module:attribute, or FILE.py:attribute", reason="unknown-name"
         ) from error
 
 
 def _load(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    loaded = importlib.import_module(module)
+    module, _, attribute = path.rpartition(":") if ".py:" in path else path.partition(":")
+    loaded = _load_file(module) if module.endswith(".py") else importlib.import_module(module)
     return getattr(loaded, attribute) if attribute else loaded
+
+
+def _load_file(path: str) -> Any:
+    """A module from a file, under a name of its own, so that it shadows nothing; its neighbours are importable."""
+    file = Path(path).resolve()
+    name = "geomssl_file_" + hashlib.sha256(str(file).encode()).hexdigest()[:12]
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        if spec is None or spec.loader is None:
+            raise ImportError(f"{path} is no Python file")
+        loaded = importlib.util.module_from_spec(spec)
+        sys.modules[name] = loaded
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+        try:
+            spec.loader.exec_module(loaded)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
