@@ -16,8 +16,10 @@ __all__ = ["Encoder", "GroupConv2d", "Normalise", "build", "wrap"]
 def build(name: str, in_channels: int = 3, **options: Any) -> Encoder:
     """The encoder of that name for images of `in_channels` channels; options are the fields of its Config.
 
-    name: built in ("cnn", "c4-cnn", "mlp"), an installed entry point, or package.module:Class. Weights are drawn from the
-    global generator, so build under `seeding.seeded`. Raises GeomsslError for an unknown name, option or value.
+    name: built in ("cnn", "resnet18", "vit-small", ...), "timm:NAME", "torchvision:NAME", an installed entry point, or
+    package.module:Class. Weights are drawn from the global generator, so build under `seeding.seeded`. Raises GeomsslError for
+    an unknown name, option or value.
     """
     chosen = resolve("encoder", name)
-    return chosen(in_channels, parse(chosen.Config, options, f"encoder {name}"))
+    named = {"name": name} if "name" in chosen.Config.model_fields else {}
+    return chosen(in_channels, parse(chosen.Config, named | options, f"encoder {name}"))
