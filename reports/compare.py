@@ -12,7 +12,7 @@ from geomssl.artifact import Artifact, Figure, Metric, Table
 from geomssl.reports.numbers import number
 
 # The order in which a reader asks; other probes follow in order of appearance.
-ORDER = ("equivariance", "linear", "rank", "tangent", "embed", "saliency")
+ORDER = ("timeline", "equivariance", "linear", "rank", "spectrum", "bound", "tangent", "embed", "saliency")
 KEY_METRICS = 3
 PANELS = 4
 RUN = "run"
@@ -78,20 +78,22 @@ class Row:
 
 
 def labels(artifacts: Sequence[Artifact]) -> list[str]:
-    """A name for every artifact's run: its own, with the checkpoint's hash where two runs share it, and its step."""
-    identity = [
-        str(next((a.provenance[k] for k in ("checkpoint_sha256", "checkpoint", "model") if a.provenance.get(k)), ""))
-        for a in artifacts
-    ]
-    owners: dict[str, list[str]] = {}
+    """A name for every artifact's run: its own, with a hash where two runs share it, and its step.
+
+    Two runs are told apart by their checkpoint; what was measured while training, by the recipe, since its weights move.
+    """
+    keys = ("checkpoint_sha256", "recipe_sha256", "checkpoint", "model")
+    identity = [str(next((a.provenance[k] for k in keys if a.provenance.get(k)), "")) for a in artifacts]
+    owners: dict[tuple[str, bool], list[str]] = {}
     for a, own in zip(artifacts, identity, strict=True):
-        if own not in owners.setdefault(a.run, []):
-            owners[a.run].append(own)
+        there = owners.setdefault((a.run, a.step is None), [])
+        if own not in there:
+            there.append(own)
     found = []
     for a, own in zip(artifacts, identity, strict=True):
-        name = a.run
-        if len(owners[name]) > 1:
-            name += f" ({own[:7] or owners[a.run].index(own) + 1})"
+        name, there = a.run, owners[a.run, a.step is None]
+        if len(there) > 1:
+            name += f" ({own[:7] or there.index(own) + 1})"
         found.append(name if a.step is None else f"{name} @{a.step}")
     return found
 

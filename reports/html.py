@@ -15,7 +15,7 @@ from typing import Any
 from geomssl import figures
 from geomssl.artifact import Artifact, Table
 from geomssl.errors import GeomsslError
-from geomssl.reports import compare
+from geomssl.reports import compare, timeline
 from geomssl.reports.gate import Verdict
 from geomssl.reports.numbers import bounds, number
 
@@ -53,9 +53,10 @@ def render(artifacts: Sequence[Artifact], verdicts: Sequence[Verdict] = (), titl
     """
     if not artifacts:
         raise GeomsslError("no artifacts to report", "at least one measured artifact", reason="no-artifact")
+    courses, artifacts = timeline.courses(artifacts), timeline.shown(artifacts)
     pictures = {_hash(data): data for a in artifacts for data in _pictures(a)}
     kept = set(pictures)
-    page = _render(artifacts, verdicts, title, kept, ROWS)
+    page = _render(artifacts, courses, verdicts, title, kept, ROWS)
     over = len(page.encode()) - LIMIT
     while over > 0 and kept:
         largest = max(kept, key=lambda h: len(pictures[h]))
@@ -63,13 +64,14 @@ def render(artifacts: Sequence[Artifact], verdicts: Sequence[Verdict] = (), titl
         # a picture may be shown more than once, so what it frees is measured and not reckoned
         over -= len(pictures[largest])
         if over <= 0 or not kept:
-            page = _render(artifacts, verdicts, title, kept, ROWS)
+            page = _render(artifacts, courses, verdicts, title, kept, ROWS)
             over = len(page.encode()) - LIMIT
-    return page if over <= 0 else _render(artifacts, verdicts, title, kept, ROWS // 10)
+    return page if over <= 0 else _render(artifacts, courses, verdicts, title, kept, ROWS // 10)
 
 
 def _render(
-    artifacts: Sequence[Artifact], verdicts: Sequence[Verdict], title: str, images: set[str], most: int
+    artifacts: Sequence[Artifact], courses: Sequence[Artifact], verdicts: Sequence[Verdict], title: str, images: set[str],
+    most: int,
 ) -> str:
     import jinja2
     from markupsafe import Markup
@@ -83,14 +85,19 @@ def _render(
         for probe in dict.fromkeys(q.probe for q in questions)
     ]
     where = {s["probe"]: s for s in sections}
+    measured = list(sections)
+    if courses:
+        trained, asked = compare.questions(courses)
+        sections.insert(0, _section(page, timeline.PROBE, asked, trained, most))
     ranked = sorted(verdicts, key=lambda v: _OUTCOMES.index(v.verdict))
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters |= {"number": number, "bounds": bounds}
     return environment.from_string(_read("report.html.j2")).render(
-        title=title, runs=runs, sections=sections, sections_of=where, sign=_SIGN,
+        title=title, runs=runs, named=list(dict.fromkeys(a.run for a in artifacts)), sections=sections,
+        sections_of=where, sign=_SIGN,
         verdicts=[(page.anchor("verdict", v.rule, v.run), v) for v in ranked],
         counts=[(kind, n) for kind in _OUTCOMES if (n := sum(v.verdict == kind for v in verdicts))],
-        overview=[(s, [(q["label"], row) for q in s["questions"] for row in q["key"]]) for s in sections],
+        overview=[(s, [(q["label"], row) for q in s["questions"] for row in q["key"]]) for s in measured],
         common=_common(artifacts), version=_version(),
         css=Markup(_colours() + _read("report.css") + _tiles(page)), js=Markup(_read("report.js")),
         dropped=len({_hash(d) for a in artifacts for d in _pictures(a)} - images),

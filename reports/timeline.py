@@ -1,0 +1,124 @@
+"""Over training: artifacts that were measured at several steps, as one question each, metric against step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from geomssl.artifact import Artifact, Figure, Metric, Table
+
+PROBE = "timeline"
+TITLE = "Over training"
+# lines in one figure; the table holds every metric
+LINES = 8
+
+
+def courses(artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """One artifact for every run and question that was measured at two steps or more.
+
+    Its table has a row for every metric and step; its figures draw the metrics of one unit against the step, so that the
+    report lays runs over each other as it does everywhere.
+    """
+    groups = [group for group in _groups(artifacts) if len(group) > 1]
+    asked: dict[str, list[dict[str, Any]]] = {}
+    for group in groups:
+        asked.setdefault(group[0].probe, []).append(group[0].options)
+    found = []
+    for group in groups:
+        mine, others = group[0].options, asked[group[0].probe]
+        differing = {k: v for k, v in mine.items() if any(other.get(k) != v for other in others)}
+        found.append(_course(group, {"probe": group[0].probe, **differing}))
+    return found
+
+
+def shown(artifacts: Sequence[Artifact]) -> list[Artifact]:
+    """Those to show in full: all without a step, and of every course the first, the middle and the last."""
+    left_out = set()
+    for group in _groups(artifacts):
+        kept = {0, (len(group) - 1) // 2, len(group) - 1}
+        left_out |= {id(one) for place, one in enumerate(group) if place not in kept}
+    return [one for one in artifacts if id(one) not in left_out]
+
+
+def _groups(artifacts: Sequence[Artifact]) -> list[list[Artifact]]:
+    """Artifacts with a step by run and question, in the order of their steps."""
+    found: dict[tuple[str, str, str, str], list[Artifact]] = {}
+    for one in artifacts:
+        if one.step is not None:
+            key = (one.run, str(one.provenance.get("recipe_sha256", "")), one.probe, one.options_hash)
+            found.setdefault(key, []).append(one)
+    return [sorted(group, key=lambda one: int(one.step or 0)) for group in found.values()]
+
+
+def _course(group: Sequence[Artifact], options: dict[str, Any]) -> Artifact:
+    last = group[-1]
+    metrics = [m for m in last.metrics if any(_find(one, m.name) for one in group[:-1])]
+    named = [m.name for m in metrics]
+    rows = [
+        (name, one.step, one.provenance.get("epoch"), found.value, found.interval)
+        for name in named for one in group if (found := _find(one, name)) is not None
+    ]
+    table = Table(
+        "course", "Every metric at every step",
+        {
+            "metric": [r[0] for r in rows],
+            "step": [r[1] for r in rows],
+            "epoch": [r[2] for r in rows],
+            "value": [None if r[3] is None else float(r[3]) for r in rows],
+            "low": [r[4].low if r[4] else None for r in rows],
+            "high": [r[4].high if r[4] else None for r in rows],
+        },
+        "low, high: the interval of each figure by itself, where it has one.",
+    )
+    tables, figures = [table], []
+    for number, (unit, some) in enumerate(_by_unit(metrics, table).items()):
+        left = len(some) - len(some[:LINES])
+        name = f"{last.probe}-{number + 1}"
+        tables.append(Table(name, f"{last.title} over training", _rows(table, some[:LINES])))
+        more = f" {left} further metrics stand in the table of all." if left else ""
+        figures.append(Figure(
+            name, "line", f"{last.title} over training", f"At {len(group)} steps; step 0 is the initialisation.{more}",
+            name, "step", "value", "metric", "low", "high", x_label="step", y_label=unit or "value",
+        ))
+    return dataclasses.replace(
+        last, probe=PROBE, title=TITLE, headline=_headline(metrics, group), metrics=[], tables=tables, figures=figures,
+        definition=f"{last.probe}, measured while training at steps {', '.join(str(one.step) for one in group)}.",
+        notes=[], options=options, step=None, files={},
+    )
+
+
+def _find(one: Artifact, name: str) -> Metric | None:
+    return next((m for m in one.metrics if m.name == name), None)
+
+
+def _by_unit(metrics: Sequence[Metric], table: Table) -> dict[str, list[str]]:
+    """Names of the metrics of each unit, those that never move or were never given left out."""
+    seen: dict[str, set[float]] = {}
+    for name, value in zip(table.columns["metric"], table.columns["value"], strict=True):
+        if value is not None:
+            seen.setdefault(name, set()).add(value)
+    found: dict[str, list[str]] = {}
+    for m in metrics:
+        if len(seen.get(m.name, ())) > 1:
+            found.setdefault(m.unit, []).append(m.name)
+    return found
+
+
+def _rows(table: Table, some: Sequence[str]) -> dict[str, list[Any]]:
+    kept = [i for i, name in enumerate(table.columns["metric"]) if name in some]
+    return {key: [column[i] for i in kept] for key, column in table.columns.items()}
+
+
+def _headline(metrics: Sequence[Metric], group: Sequence[Artifact]) -> str:
+    """The main metric at the first and at the last step."""
+    from geomssl.reports.numbers import number
+
+    for m in sorted(metrics, key=lambda m: m.better is None):
+        first, last = (_find(one, m.name) for one in (group[0], group[-1]))
+        if first and last and first.value is not None and last.value is not None:
+            return (
+                f"{group[-1].probe}: {m.name.replace('_', ' ')} goes from {number(first.value)} at step {group[0].step} "
+                f"to {number(last.value)} at step {group[-1].step}."
+            )
+    return f"{group[-1].probe}: measured at {len(group)} steps."
