@@ -1,12 +1,13 @@
-"""The measurement behind `equivariance`: f(T_g x) against Γ_g f(x), element by element, with sums kept image by image."""
+"""The measurement behind `equivariance`: f(T_g x) against Γ_g f(x) per element, all layers in one pass, sums kept by unit."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from geomssl.errors import GeomsslError
 from geomssl.probes.assurance import bootstrap_ratio
+from geomssl.probes.units import Units
 from geomssl.progress import track
 from geomssl.transforms.actions import Action
 from geomssl.transforms.base import Size, Transform
@@ -30,19 +32,39 @@ class Bounds(NamedTuple):
     high: Tensor
 
 
+class DefectBounds(NamedTuple):
+    """Pointwise lower and upper bounds, and lower bounds of all elements and layers at once, (E,)."""
+
+    low: Tensor
+    high: Tensor
+    low_any: Tensor
+
+
+class Distance(NamedTuple):
+    """How far resampling alone moves features, over their spread: r (E,), its upper limit, and that of all at once."""
+
+    r: Tensor
+    high: Tensor
+    high_any: Tensor
+
+
 @dataclass(frozen=True)
 class EquivarianceError:
-    """What equivariance_error found; a tensor has one entry an element, (E,), float64 on the CPU.
+    """What was found for one layer; a tensor has one entry an element, (E,), float64 on the CPU.
 
     total:       sqrt(sum |f(T_g x) - Γ_g f(x)|^2 / sum |Γ_g f(x) - mean|^2); NaN where the features do not vary at all.
     floor:       what resampling does to f here; NaN where T_g has no inverse. Never the basis of a verdict, nor is excess.
     excess:      sqrt(max(0, total^2 - floor^2)).
     action_size: sqrt(sum |Γ_g f(x) - f(x)|^2 / the same denominator): how much was asked.
-    interval:    pointwise bounds of total.  low_any: lower bounds that hold for all elements at once.
+    interval:    pointwise bounds of total.  low_any: lower bounds that hold for all elements of all layers at once.
+    resampling:  r, the upper limit of how far resampling alone moves total from the true defect; 0 where nothing is
+                 resampled, NaN where it was not measured.
+    bounds:      pointwise bounds of the true defect: total ± r, both at half of the tail. bounds.low_any: of all at once.
     variance_share: sum |Γ_g f(x) - mean|^2 / sum |Γ_g f(x)|^2; degenerate where it is under the stated share.
     exact:       the pair (T_g, Γ_g) only permutes, so that total is the model's own defect.
-    chance:      sqrt(2), what unrelated features score.  n: images.
-    numerators, denominators: the sums of total, image by image, (n, E).
+    kept:        share of the feature pixels that are judged (see --boundary).
+    chance:      sqrt(2), what unrelated features score.  n: images.  units: what the intervals resample.
+    numerators, denominators: the sums of total, unit by unit, (units, E).
     """
 
     total: Tensor
@@ -51,10 +73,14 @@ class EquivarianceError:
     action_size: Tensor
     interval: Bounds
     low_any: Tensor
+    resampling: Tensor
+    bounds: DefectBounds
     variance_share: Tensor
     degenerate: Tensor
     exact: Tensor
+    kept: Tensor
     n: int
+    units: str
     numerators: Tensor
     denominators: Tensor
     chance: float = CHANCE
@@ -62,65 +88,106 @@ class EquivarianceError:
 
 @dataclass
 class Task:
-    """One measurement: the model f, its images and clean features by slices, T, Γ and the elements."""
+    """One measurement of all layers.
 
-    f: Callable[[Tensor], Tensor]
+    features: images to the features of every layer, in one pass.  images: T_identity of a slice of the images.
+    moved:    the rows of a slice under elements (e, P), element by element, (e b, C, H, W), where T_g is rendered; None
+              where the transform is applied to the images.
+    actions, masks: Γ of each layer, and its judged feature pixels, bool (E, h, w), or None for all of them.
+    units:    what is resampled.  keep: bytes of clean features kept between the two reads of the images.
+    """
+
+    features: Callable[[Tensor], list[Tensor]]
     images: Callable[[slice], Tensor]
-    features: Callable[[slice], Tensor]
     n: int
     transform: Transform
-    action: Action
     params: Tensor
+    actions: Sequence[Action]
+    masks: Sequence[Tensor | None]
+    units: Units
+    moved: Callable[[slice, Tensor], Tensor] | None = None
     batch_size: int = 256
+    keep: int = 2**28
+
+
+@dataclass
+class _Sums:
+    """Of one layer: error and spread by unit (E, units); the others by element (E,)."""
+
+    error: Tensor
+    spread: Tensor
+    moved: Tensor
+    trip: Tensor
+    square: Tensor
+
+    @classmethod
+    def zeros(cls, elements: int, units: int) -> _Sums:
+        wide = [torch.zeros(elements, units, dtype=torch.float64) for _ in range(2)]
+        return cls(*wide, *(torch.zeros(elements, dtype=torch.float64) for _ in range(3)))
 
 
 @torch.no_grad()
-def measure(task: Task, level: float, resamples: int, seed: int, share: float) -> EquivarianceError:
-    """Run the task: f(T_g x) and f(T_g^-1 T_g x) once for every image and element, batched over both; sums in float64."""
+def measure(
+    task: Task, level: float, resamples: int, seed: int, share: float, distances: Sequence[Distance] | None = None
+) -> list[EquivarianceError]:
+    """Run the task: every image and element passes once (and once more where T_g resamples and has an inverse), batched over
+    both; sums in float64. distances: of each layer, how far resampling alone moves its features; None: not measured.
+    """
     slices = [slice(a, min(a + task.batch_size, task.n)) for a in range(0, task.n, task.batch_size)]
-    mean, square = _moments(task, slices)
-    sums = {key: torch.zeros(len(task.params), task.n, dtype=torch.float64) for key in ("error", "spread", "trip", "moved")}
-    trips = _has_inverse(task)
-    size, exact = _sizes(task)
-    for images in track(slices, "equivariance"):
-        x, fx = task.images(images), task.features(images)
-        per_pass = max(1, task.batch_size // len(x))
-        for start in range(0, len(task.params), per_pass):
-            elements = slice(start, start + per_pass)
-            for key, values in _compare(task, x, fx, mean, task.params[elements], exact[elements], size, trips).items():
-                sums[key][elements, images] = values.view(-1, len(x)).cpu()
-    return _figures(sums, square, exact, trips, task.n, level, resamples, seed, share)
+    means, clean = _moments(task, slices)
+    size = _size(task.images(slice(0, 1)))
+    shapes = [_places(mean) for mean in means]
+    exact = [act.is_exact(task.params, places, size) for act, places in zip(task.actions, shapes, strict=True)]
+    permutes, trips = task.transform.is_exact(task.params, size), _has_inverse(task)
+    sums = [_Sums.zeros(len(task.params), task.units.count) for _ in means]
+    for index, rows in enumerate(track(slices, "equivariance")):
+        x = task.images(rows)
+        fx = clean[index] or task.features(x)
+        for chunk in _chunks(permutes, max(1, task.batch_size // len(x))):
+            _pass(task, rows, x, fx, means, chunk, size, exact, trips, not bool(permutes[chunk[0]]), sums)
+    return _figures(task, sums, exact, trips, level, resamples, seed, share, distances)
 
 
-def _moments(task: Task, slices: list[slice]) -> tuple[Tensor, float]:
-    """The mean of f(x), float64 (1, ...), and the sum of its squares. GeomsslError for images or features to refuse."""
-    total: Any = 0.0
-    square = 0.0
-    first = task.images(slice(0, 1))
-    equal = True
-    for images in slices:
-        x, fx = task.images(images), task.features(images)
+def _chunks(permutes: Tensor, length: int) -> list[Tensor]:
+    """Elements to pass together: at most `length`, all of them permuting pixels or none."""
+    return [part for same in (permutes, ~permutes) for part in same.nonzero().squeeze(1).split(length) if len(part)]
+
+
+def _moments(task: Task, slices: list[slice]) -> tuple[list[Tensor], list[list[Tensor] | None]]:
+    """Of every layer the mean of f(x), float64 (1, ...); and its features by slice, as far as they may be kept.
+
+    GeomsslError for images or features to refuse.
+    """
+    totals: list[Any] = []
+    kept: list[list[Tensor] | None] = []
+    room, equal, first = task.keep, True, task.images(slice(0, 1))
+    for rows in slices:
+        x = task.images(rows)
         if not bool(x.isfinite().all()):
             raise GeomsslError(f"images with NaN or infinity among {task.n}", "finite images", reason="not-finite")
-        if len(fx) != len(x) or not bool(fx.isfinite().all()):
-            raise GeomsslError(
-                f"features {tuple(fx.shape)} of {len(x)} images" + (", with NaN or infinity" if len(fx) == len(x) else ""),
-                "finite features, one row an image", reason="not-finite" if len(fx) == len(x) else "bad-features",
-            )
+        features = task.features(x)
+        for fx in features:
+            if len(fx) != len(x) or not bool(fx.isfinite().all()):
+                raise GeomsslError(
+                    f"features {tuple(fx.shape)} of {len(x)} images" + (", with NaN or infinity" if len(fx) == len(x) else ""),
+                    "finite features, one row an image", reason="not-finite" if len(fx) == len(x) else "bad-features",
+                )
         equal = equal and bool((x == first).all())
-        total = total + _double(fx).sum(dim=0, keepdim=True)
-        square += float(_squares(fx, 1).sum())
+        sums = [_on_cpu_if_needed(fx).sum(dim=0, keepdim=True, dtype=torch.float64) for fx in features]
+        totals = [a + b for a, b in zip(totals, sums, strict=True)] if totals else sums
+        room -= sum(fx.numel() * fx.element_size() for fx in features)
+        kept.append(features if room >= 0 else None)
     if equal:
         raise GeomsslError(f"{task.n} images, all equal", "images that differ", reason="degenerate")
-    return total / task.n, square
+    return [total / task.n for total in totals], kept
 
 
-def _sizes(task: Task) -> tuple[Size, Tensor]:
-    """The size of the images, and for which elements the pair of actions only permutes."""
-    x, fx = task.images(slice(0, 1)), task.features(slice(0, 1))
-    size = (x.shape[2], x.shape[3])
-    places = (fx.shape[-2], fx.shape[-1]) if fx.dim() >= 4 else (1, 1)
-    return size, task.action.is_exact(task.params, places, size)
+def _size(x: Tensor) -> Size:
+    return x.shape[2], x.shape[3]
+
+
+def _places(mean: Tensor) -> Size:
+    return (mean.shape[-2], mean.shape[-1]) if mean.dim() >= 4 else (1, 1)
 
 
 def _has_inverse(task: Task) -> bool:
@@ -133,78 +200,155 @@ def _has_inverse(task: Task) -> bool:
     return True
 
 
-def _compare(
-    task: Task, x: Tensor, fx: Tensor, mean: Tensor, params: Tensor, exact: Tensor, size: Size, trips: bool
-) -> dict[str, Tensor]:
-    """Squared distances of e elements and b images, (e b,), element by element."""
-    e, b = len(params), len(x)
-    rows = params.to(x.device).repeat_interleave(b, dim=0)
+def _pass(
+    task: Task, rows: slice, x: Tensor, fx: list[Tensor], means: list[Tensor], chunk: Tensor, size: Size,
+    exact: list[Tensor], trips: bool, resamples: bool, sums: list[_Sums],
+) -> None:
+    """One chunk of elements on one batch of images: the model runs once, or twice where T_g resamples; sums are added to."""
+    e, b = len(chunk), len(x)
+    params = task.params[chunk].to(x.device)
+    each = params.repeat_interleave(b, dim=0)
+    turned = task.transform(x.repeat(e, 1, 1, 1), each) if task.moved is None else task.moved(rows, params)
+    found, returned = task.features(turned), None
+    if trips and resamples and task.moved is None:
+        returned = task.features(task.transform(turned, task.transform.inverse(each)))
+    for layer, (action, f, clean, mean, mask, into) in enumerate(
+        zip(task.actions, found, fx, means, task.masks, sums, strict=True)
+    ):
+        kept = None if mask is None else mask[chunk].to(x.device)
+        spread = compare(action, clean, mean, params, size, kept)
+        declared = spread.declared
+        if declared.shape != f.shape:
+            raise GeomsslError(
+                f"the action {action.name} gives features {tuple(declared.shape[1:])}",
+                f"{tuple(f.shape[1:])}, as the model does", reason="bad-features",
+            )
+        original = spread.clean
+        error = squares(spread.kept(precise(f) - declared)).view(e, b)
+        task.units.add(into.error, chunk, rows, error.cpu())
+        task.units.add(into.spread, chunk, rows, spread.values.view(e, b).cpu())
+        into.moved[chunk] += squares(spread.kept(declared - original)).view(e, b).sum(1).cpu()
+        into.square[chunk] += squares(spread.kept(declared)).view(e, b).sum(1).cpu()
+        if not trips:
+            continue
+        trip = torch.zeros(e, dtype=torch.float64)
+        if returned is not None:
+            trip += squares(spread.kept(precise(returned[layer]) - original)).view(e, b).sum(1).cpu() / 2
+        if not bool(exact[layer][chunk].all()):
+            back = precise(action(declared.to(clean.dtype), task.transform.inverse(each), size))
+            trip += squares(spread.kept(back - original)).view(e, b).sum(1).cpu()
+        into.trip[chunk] += trip
+
+
+@dataclass
+class Declared:
+    """Γ_g f(x) of e elements and b images, (e b, ...), f(x) alike, |Γ_g f(x) - mean|^2 (e b,), and the judged pixels."""
+
+    declared: Tensor
+    clean: Tensor
+    values: Tensor
+    mask: Tensor | None
+
+    def kept(self, values: Tensor) -> Tensor:
+        return values if self.mask is None else values * self.mask
+
+
+def compare(action: Action, fx: Tensor, mean: Tensor, params: Tensor, size: Size, kept: Tensor | None) -> Declared:
+    """What is declared for features fx (b, ...) under elements params (e, P), and its spread about the mean (1, ...)."""
+    e, b = len(params), len(fx)
     clean = fx.repeat(e, *[1] * (fx.dim() - 1))
-    turned = task.transform(x.repeat(e, 1, 1, 1), rows)
-    found = task.f(turned)
-    declared = task.action(clean, rows, size)
-    if declared.shape != found.shape:
-        raise GeomsslError(
-            f"the action {task.action.name} gives features {tuple(declared.shape[1:])}",
-            f"{tuple(found.shape[1:])}, as the model does", reason="bad-features",
-        )
+    declared = precise(action(clean, params.repeat_interleave(b, dim=0), size))
+    mask = None
+    if kept is not None:
+        # (e, h, w) to (e b, 1, ..., h, w)
+        mask = kept.repeat_interleave(b, dim=0).view(e * b, *[1] * (fx.dim() - 3), *kept.shape[1:]).to(declared.dtype)
     # Γ_g is affine, so the mean of what it gives is what it gives of the mean.
-    centre = task.action(mean.to(fx).expand(e, *mean.shape[1:]), params.to(x.device), size)
-    values = {
-        "error": _squares(_precise(found) - _precise(declared), 1),
-        "spread": _squares(_precise(declared) - _precise(centre).repeat_interleave(b, dim=0), 1),
-        "moved": _squares(_precise(declared) - _precise(clean), 1),
-    }
-    if not trips:
-        return values
-    back = task.transform.inverse(rows)
-    trip = _squares(_precise(task.f(task.transform(turned, back))) - _precise(clean), 1) / 2
-    if not bool(exact.all()):
-        trip = trip + _squares(_precise(task.action(declared, back, size)) - _precise(clean), 1)
-    return {**values, "trip": trip}
+    centre = precise(action(mean.to(fx).expand(e, *mean.shape[1:]), params, size)).repeat_interleave(b, dim=0)
+    if centre.shape != declared.shape:
+        raise GeomsslError(f"the action {action.name}", "features of the same shape for every image", reason="bad-features")
+    found = Declared(declared, precise(clean), declared.new_empty(0), mask)
+    found.values = squares(found.kept(declared - centre))
+    return found
 
 
 def _figures(
-    sums: dict[str, Tensor], square: float, exact: Tensor, trips: bool, n: int, level: float, resamples: int, seed: int,
-    share: float,
-) -> EquivarianceError:
-    """Figures and bounds from the sums (E, n)."""
-    error, spread = sums["error"].T.contiguous(), sums["spread"].T.contiguous()
-    below = spread.sum(dim=0)
-    if not bool(error.isfinite().all() and spread.isfinite().all()):
+    task: Task, sums: list[_Sums], exact: list[Tensor], trips: bool, level: float, resamples: int, seed: int, share: float,
+    distances: Sequence[Distance] | None,
+) -> list[EquivarianceError]:
+    """Figures and bounds of every layer; what holds for all at once holds over elements and layers."""
+    errors, spreads = torch.cat([s.error for s in sums]).T.contiguous(), torch.cat([s.spread for s in sums]).T.contiguous()
+    if not bool(errors.isfinite().all() and spreads.isfinite().all()):
         raise GeomsslError("features of transformed images with NaN or infinity", "finite features", reason="not-finite")
+    count, columns = len(task.params), errors.shape[1]
+    point = bootstrap_ratio(errors, spreads, seed, level, resamples)
+    # Where r is added, total and r have half of the tail each.
+    half = bootstrap_ratio(errors, spreads, seed, (1 + level) / 2, resamples) if distances else point
+    low_any = simultaneous(errors, spreads, seed, level, resamples, columns)
+    half_any = simultaneous(errors, spreads, seed, (1 + level) / 2, resamples, columns) if distances else low_any
+    found = []
+    for layer, own in enumerate(sums):
+        here = slice(layer * count, (layer + 1) * count)
+        below = own.spread.sum(dim=1)
 
-    def root(values: Tensor) -> Tensor:
-        return torch.where(below > 0, values / below, torch.nan).sqrt()
+        def root(values: Tensor, below: Tensor = below) -> Tensor:
+            return torch.where(below > 0, values / below, torch.nan).sqrt()
 
-    total = root(error.sum(dim=0))
-    floor = root(sums["trip"].sum(dim=1)) if trips else torch.full_like(total, torch.nan)
-    low, high = bootstrap_ratio(error, spread, seed, level, resamples)
-    tail = (1 - level) / (2 * len(total))
-    several = bootstrap_ratio(error, spread, seed, 1 - 2 * tail, min(max(resamples, math.ceil(TAIL / tail)), MOST))
-    variance = below / square if square > 0 else torch.zeros_like(below)
-    return EquivarianceError(
-        total=total, floor=floor, excess=(total**2 - floor**2).clamp(min=0).sqrt(),
-        action_size=root(sums["moved"].sum(dim=1)), interval=Bounds(low, high), low_any=torch.minimum(low, several[0]),
-        variance_share=variance, degenerate=~(variance >= share), exact=exact.cpu(), n=n, numerators=error,
-        denominators=spread,
-    )
+        total = root(own.error.sum(dim=1))
+        floor = root(own.trip) if trips else torch.full_like(total, torch.nan)
+        low, high, least = point[0][here], point[1][here], torch.minimum(low_any[here], point[0][here])
+        nothing = exact[layer].cpu()
+        if distances is None:
+            r = r_any = torch.full_like(total, torch.nan)
+        else:
+            r, r_any = distances[layer].high, distances[layer].high_any
+        r, r_any = r.masked_fill(nothing, 0.0), r_any.masked_fill(nothing, 0.0)
+        free, free_any = r == 0, r_any == 0
+        bounds = DefectBounds(
+            torch.where(free, low, (half[0][here] - r).clamp(min=0)),
+            torch.where(free, high, half[1][here] + r),
+            torch.where(free_any, least, (half_any[here] - r_any).clamp(min=0)),
+        )
+        variance = torch.where(own.square > 0, below / own.square, 0.0)
+        mask = task.masks[layer]
+        kept = torch.ones_like(total) if mask is None else mask.double().mean(dim=(1, 2)).cpu()
+        found.append(
+            EquivarianceError(
+                total=total, floor=floor, excess=(total**2 - floor**2).clamp(min=0).sqrt(), action_size=root(own.moved),
+                interval=Bounds(low, high), low_any=least, resampling=r, bounds=bounds, variance_share=variance,
+                degenerate=~(variance >= share), exact=nothing, kept=kept, n=task.n, units=task.units.word,
+                numerators=own.error.T.contiguous(), denominators=own.spread.T.contiguous(),
+            )
+        )
+    return found
 
 
-def _squares(values: Tensor, start: int) -> Tensor:
+def simultaneous(errors: Tensor, spreads: Tensor, seed: int, level: float, resamples: int, columns: int) -> Tensor:
+    """Lower bounds of sqrt(ratio) that hold for all columns at once at (1 + level) / 2: Bonferroni over `columns`.
+
+    The tail of each is (1 - level) / 2 / columns; more resamples are drawn to reach it, and where even these hold fewer
+    than TAIL of its draws the bound is no higher than the normal one.
+    """
+    tail = (1 - level) / (2 * columns)
+    draws = min(max(resamples, math.ceil(TAIL / tail)), MOST)
+    low = bootstrap_ratio(errors, spreads, seed, 1 - 2 * tail, draws)[0]
+    if tail * draws >= TAIL:
+        return low
+    ratio = errors.sum(dim=0) / spreads.sum(dim=0)
+    scale = ((errors - ratio * spreads) ** 2).sum(dim=0).sqrt() / spreads.sum(dim=0)
+    normal = (ratio + NormalDist().inv_cdf(tail) * scale).clamp(min=0).sqrt()
+    return torch.minimum(low, normal)
+
+
+def squares(values: Tensor) -> Tensor:
     """|row|^2 in float64."""
-    return torch.linalg.vector_norm(_on_cpu_if_needed(values).reshape(len(values), -1), dim=start, dtype=torch.float64) ** 2
-
-
-def _double(values: Tensor) -> Tensor:
-    return _on_cpu_if_needed(values).double()
+    return torch.linalg.vector_norm(_on_cpu_if_needed(values).reshape(len(values), -1), dim=1, dtype=torch.float64) ** 2
 
 
 def _on_cpu_if_needed(values: Tensor) -> Tensor:
     return values.cpu() if values.device.type == "mps" else values
 
 
-def _precise(values: Tensor) -> Tensor:
+def precise(values: Tensor) -> Tensor:
     """At least float32, so that a difference is not rounded to half precision."""
     return values if values.dtype == torch.float64 else values.float()
 
@@ -212,8 +356,8 @@ def _precise(values: Tensor) -> Tensor:
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Eval mode for every module that a model is, belongs to or closes over; each one's own mode comes back after."""
-    modes = {m: m.training for root in _modules(model) for m in root.modules()}
-    for root in _modules(model):
+    modes = {m: m.training for root in modules_of(model) for m in root.modules()}
+    for root in modules_of(model):
         root.eval()
     try:
         yield
@@ -222,11 +366,11 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = mode
 
 
-def _modules(model: Any) -> list[nn.Module]:
+def modules_of(model: Any) -> list[nn.Module]:
     if isinstance(model, nn.Module):
         return [model]
     if isinstance(model, functools.partial):
-        return [m for part in (model.func, *model.args, *model.keywords.values()) for m in _modules(part)]
+        return [m for part in (model.func, *model.args, *model.keywords.values()) for m in modules_of(part)]
     owner = getattr(model, "__self__", None)
     cells = [cell.cell_contents for cell in getattr(model, "__closure__", None) or ()]
     return [held for held in (owner, *cells) if isinstance(held, nn.Module)]

@@ -19,7 +19,19 @@ from geomssl.transforms import (
     Zoom,
 )
 from geomssl.transforms.base import Group, Size, Transform
+from geomssl.transforms.expression import parse
 from geomssl.transforms.photometric import Photometric
+
+
+def spoken(text: str) -> tuple[Transform, Tensor | None]:
+    """The transform of an expression, and the elements (E, P) that it lists, without the identity; None where it lists none."""
+    found = parse(text)
+    if found.grid is None:
+        return found.transform, None
+    grid = found.grid[(found.grid != found.transform.identity().to(found.grid)).any(dim=1)]
+    if not len(grid):
+        raise GeomsslError(f"the elements of {text!r}", "one besides the identity")
+    return found.transform, grid
 
 
 def elements(transform: Transform, size: Size, draws: int = 16, seed: int = 0, step: int = 1) -> Tensor:

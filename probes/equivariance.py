@@ -1,49 +1,56 @@
-"""equivariance: how far f(T_g x) is from the declared action Γ_g on f(x), per element, with what resampling does beside it."""
+"""equivariance: how far f(T_g x) is from the declared action Γ_g on f(x), per layer and element, with bounds of the defect."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
+from geomssl.artifact import Artifact, Table
+from geomssl.data.rendered import Rendered
 from geomssl.encoders.base import Encoder
-from geomssl.encoders.geometry import Geometry, geometry
+from geomssl.encoders.geometry import Geometry
+from geomssl.encoders.geometry import geometry as located
 from geomssl.errors import GeomsslError
 from geomssl.probes import subject
-from geomssl.probes.assurance import METHOD
-from geomssl.probes.defect import CHANCE, Bounds, EquivarianceError, Task, evaluating, measure
-from geomssl.probes.elements import doing, elements, label, labels
+from geomssl.probes.account import Account, account, sweep_table
+from geomssl.probes.boundary import on_the_torus
+from geomssl.probes.defect import CHANCE, Bounds, DefectBounds, EquivarianceError, evaluating, modules_of
+from geomssl.probes.elements import elements, label, labels, spoken
+from geomssl.probes.inputs import BANDWIDTHS, SPECTRUM, Inputs, like, natural, pictures, rendered
+from geomssl.probes.judge import DEGENERATE, REFERENCES, Settings, judge
+from geomssl.probes.layers import Reader, declare, read, single
+from geomssl.registry import load_attribute
 from geomssl.seeding import generator
-from geomssl.transforms import named
-from geomssl.transforms.actions import Action, ActionFunction, action
-from geomssl.transforms.base import Size, Transform
-from geomssl.transforms.photometric import Photometric
+from geomssl.transforms.actions import Action, ActionFunction
+from geomssl.transforms.base import Transform
+from geomssl.transforms.groups import Translations
 
 __all__ = [
-    "Bounds", "EquivarianceError", "Options", "assert_equivariant", "elements", "equivariance_error", "label", "probe",
+    "Bounds", "DefectBounds", "EquivarianceError", "Options", "assert_equivariant", "elements", "equivariance_error",
+    "equivariance_errors", "label", "probe",
 ]
 
-DEGENERATE = 1e-6
-# Under this total the headline says "as declared"; no verdict rests on it.
-CLOSE = 1e-3
-SMALL_ACTION = 0.05
-
 Model = Callable[[Tensor], Tensor]
+Boundary = Literal["none", "crop", "circular"]
+Declaration = str | ActionFunction | Action
 
 
 def equivariance_error(
     model: Model,
-    images: Tensor,
+    images: Tensor | Rendered,
     transform: Transform,
     params: Tensor,
-    action: str | ActionFunction | Action = "regular",
+    action: Declaration = "regular",
     *,
     geometry: Geometry | None = None,
+    boundary: Literal["none", "crop"] = "none",
+    reference: Rendered | None = None,
+    clusters: Tensor | None = None,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
@@ -57,42 +64,97 @@ def equivariance_error(
     0: moves as declared; sqrt(2): no better than the features of another image; see EquivarianceError for the rest.
     model:  anything from images to features (n, ...), in the dtype of `images`. An Encoder is measured at its fibres; pass
             `encoder.forward` for h. Modules are put in eval mode (those that it is, is bound to or closes over) and back.
-    images: (n, C, H, W) floats, n >= 2.  params (E, P): the elements, such as transform.elements()[1:].
+    images: (n, C, H, W) floats, n >= 2; or rendered pictures (geomssl.data.rendered), whose T_g is exact.
+    params: (E, P): the elements, such as transform.elements()[1:].
     action: "regular", "spatial", "trivial", or your own; Γ_g is affine. geometry: for what is counted in pixels; None reads
             it off the layers. share: features whose variance is under this share of their squared norm are degenerate.
-    Intervals: percentile bootstrap over images with the mean held. Raises GeomsslError for input that cannot be judged.
+    boundary: "crop" judges only feature pixels that see the image alone. reference: pictures with the spectrum of the
+            images (Fields.like), on which r is measured; None leaves r and the bounds NaN where something is resampled.
+    clusters: values (n,); images with equal values are resampled together.
+    Intervals: bootstrap over images (assurance.bootstrap_ratio) with the mean held. Raises GeomsslError for input that cannot
+    be judged.
     """
-    if images.dim() != 4 or not images.is_floating_point() or min(images.shape[2:]) < 2:
-        raise GeomsslError(
-            f"images {images.dtype} {tuple(images.shape)}", "float (n, C, H, W) of at least 2x2 pixels", reason="bad-images"
-        )
-    if len(images) < 2:
-        raise GeomsslError("one image" if len(images) else "no images", "at least 2", reason="too-few-images")
-    channels = getattr(model, "in_channels", images.shape[1])
-    if isinstance(model, Encoder) and channels != images.shape[1]:
-        raise GeomsslError(f"images of {images.shape[1]} channels", f"{channels}, as the model", reason="bad-images")
+    inputs = _given(model, images, transform, params, reference)
+    f: Model = model.fibres if isinstance(model, Encoder) else model
+    with evaluating(model), torch.no_grad():
+        first = inputs.of(slice(0, 1))
+        features = f(first)
+        if geometry is None and isinstance(action, str) and features.dim() >= 4:
+            geometry = located(f, first)
+        reader = single(f, features, geometry)
+        declared = [declare(action, transform, layer, getattr(model, "group", None))[0] for layer in reader.layers]
+        settings = Settings(level, resamples, seed, batch_size, share)
+        found, _ = judge(reader, inputs, transform, params, declared, boundary, clusters, settings)
+        return found[0]
+
+
+def equivariance_errors(
+    model: nn.Module,
+    images: Tensor | Rendered,
+    transform: Transform,
+    params: Tensor,
+    action: Declaration = "auto",
+    layers: Sequence[str] = ("all",),
+    *,
+    boundary: Literal["none", "crop"] = "none",
+    reference: Rendered | None = None,
+    clusters: Tensor | None = None,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+    batch_size: int = 256,
+    share: float = DEGENERATE,
+) -> dict[str, EquivarianceError]:
+    """equivariance_error of many layers of a module, which runs once for all of them; by the name of the layer.
+
+    layers: names from named_modules(), wild cards ("layer*"), "all"; "fibres" and "h" of an Encoder. Tokens (N, T, D) are
+    read on their patch grid, those before the patches apart as "LAYER[prefix]". action "auto": regular where the encoder
+    declares this group, else spatial for maps, trivial for vectors. low_any holds over elements and layers together.
+    """
+    inputs = _given(model, images, transform, params, reference)
+    with evaluating(model), torch.no_grad():
+        reader, _ = read(model, layers, inputs.of(slice(0, 1)))
+        declared = [declare(action, transform, layer, getattr(model, "group", None))[0] for layer in reader.layers]
+        settings = Settings(level, resamples, seed, batch_size, share)
+        found, _ = judge(reader, inputs, transform, params, declared, boundary, clusters, settings)
+    return {layer.name: one for layer, one in zip(reader.layers, found, strict=True)}
+
+
+def _given(
+    model: Any, images: Tensor | Rendered, transform: Transform, params: Tensor, reference: Rendered | None
+) -> Inputs:
+    """The inputs, once images and elements are known to be such as can be judged."""
     if params.dim() != 2 or params.shape[1] != len(transform.parameters) or not len(params):
         raise GeomsslError(
             f"params {tuple(params.shape)} of {transform.name}", f"(E, {len(transform.parameters)}), one row an element",
             reason="bad-parameters",
         )
-    f: Model = model.fibres if isinstance(model, Encoder) else model
-    with evaluating(model), torch.no_grad():
-        features = torch.cat([f(chunk) for chunk in images.split(batch_size)])
-        declared = _declare(action, transform, f, images[:1], features, geometry)
-        task = Task(
-            f, lambda rows: images[rows], lambda rows: features[rows], len(images), transform, declared,
-            params.to(images.device), batch_size,
+    if isinstance(images, Rendered):
+        weight = next((p for m in modules_of(model) for p in m.parameters()), torch.zeros(()))
+        _admit(len(images), model, images.channels)
+        return rendered(images, transform, weight.dtype, weight.device)
+    if images.dim() != 4 or not images.is_floating_point() or min(images.shape[2:]) < 2:
+        raise GeomsslError(
+            f"images {images.dtype} {tuple(images.shape)}", "float (n, C, H, W) of at least 2x2 pixels", reason="bad-images"
         )
-        return measure(task, level, resamples, seed, share)
+    _admit(len(images), model, images.shape[1])
+    return natural(lambda rows: images[rows], len(images), reference)
+
+
+def _admit(n: int, model: Any, channels: int) -> None:
+    if n < 2:
+        raise GeomsslError("one image" if n else "no images", "at least 2", reason="too-few-images")
+    expected = getattr(model, "in_channels", channels)
+    if isinstance(model, Encoder) and expected != channels:
+        raise GeomsslError(f"images of {channels} channels", f"{expected}, as the model", reason="bad-images")
 
 
 def assert_equivariant(
     model: Model,
     transform: Transform,
     tolerance: float,
-    images: Tensor | None = None,
-    action: str | ActionFunction | Action = "regular",
+    images: Tensor | Rendered | None = None,
+    action: Declaration = "regular",
     params: Tensor | None = None,
     *,
     n: int = 16,
@@ -101,28 +163,33 @@ def assert_equivariant(
     seed: int = 0,
     **options: Any,
 ) -> EquivarianceError:
-    """Raise an AssertionError unless the upper bound of the total error is under `tolerance` for every element.
+    """Raise an AssertionError unless the upper bound of the defect is under `tolerance` for every element.
 
     images: None draws n seeded ones in [0, 1], half coarse and half fine noise, of in_channels (the model's own, else 3) and
     size (the model's own, else 32), in the model's dtype. params: None stands for every element but the identity of a finite
-    group, else 16 seeded draws. options: those of equivariance_error. Degenerate features and pairs that resample are refused
-    by an AssertionError too: nothing can be told from them. Returns what was measured.
+    group, else 16 seeded draws. options: those of equivariance_error. Degenerate features, and pairs that resample without a
+    bound (see `reference`, or pass rendered images), are refused by an AssertionError too: nothing can be told from them.
+    Returns what was measured.
     """
     if images is None:
         images = _noise(model, n, in_channels or int(getattr(model, "in_channels", 3)), size, seed)
-    shape = (images.shape[-2], images.shape[-1])
+    shape = (images.size, images.size) if isinstance(images, Rendered) else (images.shape[-2], images.shape[-1])
     params = elements(transform, shape, 16, seed) if params is None else params
     found = equivariance_error(model, images, transform, params, action, seed=seed, **options)
     names = labels(transform, params)
     for bad, why in (
         (found.degenerate, "the features hardly vary from image to image, so nothing can be told (a constant would pass)"),
-        (~found.exact, "the transform or its action resamples there, so the error is not the model's alone"),
+        (
+            found.bounds.high.isnan(),
+            "the transform or its action resamples there, so the error is not the model's alone; pass rendered images, such "
+            "as geomssl.data.rendered.Fields",
+        ),
     ):
         if bool(bad.any()):
             where = ", ".join(name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad)
             raise AssertionError(f"equivariance under {transform.name} cannot be asserted at {where}: {why}")
-    worst = int(found.interval.high.argmax())
-    low, high = (float(bound[worst]) for bound in found.interval)
+    worst = int(found.bounds.high.argmax())
+    low, high = float(found.bounds.low[worst]), float(found.bounds.high[worst])
     if not high < tolerance:
         raise AssertionError(
             f"not equivariant under {transform.name}: expected total error < {tolerance:g} at every element, found "
@@ -130,16 +197,6 @@ def assert_equivariant(
             f"{float(found.action_size[worst]):.3g}, {found.n} images)"
         )
     return found
-
-
-def _declare(
-    chosen: str | ActionFunction | Action, transform: Transform, f: Model, image: Tensor, features: Tensor,
-    placed: Geometry | None,
-) -> Action:
-    """The action, with the geometry of the features' grid where there is one."""
-    if placed is None and isinstance(chosen, str) and features.dim() >= 4:
-        placed = geometry(f, image)
-    return action(chosen, transform, placed)
 
 
 def _noise(model: Model, n: int, channels: int, size: int | None, seed: int) -> Tensor:
@@ -155,218 +212,134 @@ def _noise(model: Model, n: int, channels: int, size: int | None, seed: int) -> 
 class Options(subject.Options):
     """Settings of the equivariance probe."""
 
-    transform: str = Field("c4", description="the transform: c4, d4, c8, flips, translations, rotate, a policy, ...")
-    action: Literal["auto", "regular", "spatial", "trivial"] = Field(
+    transform: str = Field("c4", description='the transform: c4, d4, translations, "rotate(±30)", a policy, ...')
+    action: str = Field(
         "auto",
-        description="how features are declared to move; auto: regular where the encoder has this group, else spatial for "
-        "maps, else trivial",
+        description="how features are declared to move: regular, spatial, trivial, or package.module:function of your own; "
+        "auto: regular where the encoder has this group, else spatial for maps, else trivial",
     )
-    layer: Literal["fibres", "h"] = Field("fibres", description="which features: fibres before pooling, or the vector h")
+    layer: tuple[str, ...] = Field(
+        ("fibres",), description="which features: fibres, h, names of modules, wild cards (layer*), or all; all in one pass"
+    )
+    images: Literal["data", "fields", "phantoms"] = Field(
+        "data", description="natural images of the data set, or rendered pictures, on which every T_g is exact"
+    )
+    bandwidth: float = Field(0.25, gt=0, lt=0.5, description="highest frequency of rendered pictures, cycles per pixel")
+    sweep: bool = Field(False, description="measure rendered fields of several bandwidths too")
+    boundary: Boundary = Field(
+        "none",
+        description="none: all feature pixels; crop: those that see the image alone; circular: wrapped images and shifts",
+    )
+    references: int = Field(
+        REFERENCES, ge=0, le=4096, description="rendered pictures on which r, what resampling does, is measured; 0: not at all"
+    )
+    cluster: str | None = Field(None, description="a factor of the data set, or label: resample whole clusters of images")
     draws: int = Field(16, ge=1, le=4096, description="elements to draw where there are more, or infinitely many")
     step: int = Field(1, ge=1, description="shifts are multiples of so many pixels")
-    level: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
+    level: float = Field(0.95, gt=0, lt=1, description="two-sided level of the pointwise intervals")
     resamples: int = Field(2000, ge=100, le=100_000, description="bootstrap resamples")
     share: float = Field(
         DEGENERATE, ge=0, lt=1, description="features with less variance than this share of their squared norm are degenerate"
     )
 
+    @field_validator("layer", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
 
 def probe(subject: subject.Subject, options: Options) -> Artifact:
-    """Equivariance error of an encoder for every element of a transform, under a declared action of its features."""
-    subject.need(2, "an equivariance error")
-    encoder, size = subject.encoder, (subject.source.size,) * 2
-    if min(size) < 2:
-        raise GeomsslError(f"images of {size[0]}x{size[1]} pixels", "at least 2x2 pixels", reason="bad-images")
-    transform = named(options.transform)
-    indices = subject.choose(options)
-    features = subject.features(indices, options.layer)
-    f: Model = encoder.fibres if options.layer == "fibres" else encoder
-    name, why = _chosen(options, encoder, transform, features)
-    with evaluating(encoder), torch.no_grad():
-        declared = _declare(name, transform, f, subject.images(indices[:1]), features, None)
-        params = elements(transform, size, options.draws, options.seed, options.step)
-        task = Task(
-            f, lambda rows: subject.images(indices[rows]), lambda rows: features[rows].to(subject.device), len(indices),
-            transform, declared, params.to(subject.device), subject.batch_size,
-        )
-        found = measure(task, options.level, options.resamples, options.seed, options.share)
-    names = labels(transform, params)
-    shape = f"{options.layer} of shape {tuple(features.shape[1:])}"
-    notes = [why, *_notes(found, names, declared, size, features, subject.dtype)]
-    return Artifact(
-        probe="equivariance",
-        title=f"Equivariance under {transform.name}",
-        headline=_headline(found, names, transform, options.layer, declared),
-        definition=(
-            "total = √(Σ‖f(T_g x) − Γ_g f(x)‖² / Σ‖Γ_g f(x) − mean‖²) over images: 0 where features move as declared, "
-            f"√2 = {CHANCE:.3g} where they are unrelated. floor² = ½ Σ‖f(T_g⁻¹T_g x) − f(x)‖² over the same denominator, plus "
-            "‖Γ_g⁻¹Γ_g f − f‖² where Γ resamples; excess = √max(0, total² − floor²). action size = √(Σ‖Γ_g f − f‖² / same). "
-            f"Here f gives {shape}, T is {transform.name}, Γ is the {declared.name} action. Judge by total, and only where the "
-            "pair (T_g, Γ_g) is exact."
-        ),
-        metrics=_metrics(found, options),
-        tables=[_table(found, names), _parameters(transform, params, names)],
-        figures=[
-            Figure(
-                "errors", "bar", f"Equivariance error under {transform.name}",
-                f"Total error of each element with its {options.level:.0%} interval. Unrelated features score {CHANCE:.3g}.",
-                "elements", "element", "total", low="low", high="high", x_label="element", y_label="total error", log_y=True,
-            )
-        ],
-        notes=notes,
-        options=options.model_dump(mode="json"),
-        provenance={**subject.provenance, "action": declared.name},
+    """Equivariance error of an encoder's layers for every element of a transform, under a declared action of its features."""
+    transform, grid = spoken(options.transform)
+    transform = on_the_torus(transform) if options.boundary == "circular" else transform
+    inputs, clusters, indices = _inputs(subject, options, transform)
+    size = inputs.size
+    params = elements(transform, size, options.draws, options.seed, options.step) if grid is None else grid
+    settings = Settings(
+        options.level, options.resamples, options.seed, subject.batch_size, options.share, subject.memory, options.references
     )
-
-
-def _chosen(options: Options, encoder: Any, transform: Transform, features: Tensor) -> tuple[str, str]:
-    """The name of the action, and a sentence that says why it is this one."""
-    maps = features.dim() >= 4
-    if options.action != "auto":
-        if not maps and options.action != "trivial":
+    with evaluating(subject.encoder), torch.no_grad():
+        reader, remarks = read(subject.encoder, options.layer, inputs.of(slice(0, 1)))
+        if options.action in ("regular", "spatial") and not any(layer.maps for layer in reader.layers):
             raise GeomsslError(
-                f"the {options.action} action on h, a vector", "action trivial, or layer fibres", reason="no-action"
+                f"the {options.action} action on {reader.layers[0].name}, a vector", "action trivial, or layer fibres",
+                reason="no-action",
             )
-        return options.action, f"The {options.action} action was asked for."
-    group = getattr(encoder, "group", None)
-    if maps and group is not None and group == transform:
-        return "regular", f"The encoder declares {group.name}, so its fibres are held to the regular action."
-    if isinstance(transform, Photometric):
-        return "trivial", f"{transform.name} moves no pixels, so features are held to stay as they are (the trivial action)."
-    if maps and features.shape[-1] * features.shape[-2] > 1:
-        if group is not None and group.fibre > 1:
-            return "spatial", (
-                f"The encoder declares {group.name}, not {transform.name}: its maps are held to move as images (the spatial "
-                "action), which leaves the orientations where they are. An error here may be the declaration's, not the "
-                "model's."
-            )
-        return "spatial", (
-            f"The encoder declares no action of {transform.name}, so its maps are held to move as images (the spatial action)."
-        )
-    return "trivial", (
-        "These features have no place and no orientation, so they are held to stay as they are (the trivial action)."
+        chosen = load_attribute(options.action, "action") if ":" in options.action else options.action
+        group = getattr(subject.encoder, "group", None)
+        declared = [declare(chosen, transform, layer, group) for layer in reader.layers]
+        actions = [act for act, _ in declared]
+        found, unknown = judge(reader, inputs, transform, params, actions, options.boundary, clusters, settings)
+        swept = _sweep(subject, options, reader, transform, params, actions, settings) if options.sweep else None
+    told = Account(
+        transform, params.cpu(), labels(transform, params), reader.layers, actions, list(dict.fromkeys(w for _, w in declared)),
+        found, inputs, options.boundary, options.level, options.share, [*remarks, *unknown], swept, subject.dtype,
     )
+    provenance = {
+        **subject.provenance, "action": ", ".join(dict.fromkeys(act.name for act in actions)), "transform": options.transform,
+        "images": inputs.name, "n": inputs.n, "layers": [layer.name for layer in reader.layers],
+    }
+    if indices is None:
+        provenance["images_sha256"] = None
+    return account(told, options.model_dump(mode="json"), provenance)
 
 
-def _table(found: EquivarianceError, names: list[str]) -> Table:
-    return Table(
-        "elements", "Every element",
-        {
-            "element": names,
-            "total": _plain(found.total), "low": _plain(found.interval.low), "high": _plain(found.interval.high),
-            "low_any": _plain(found.low_any), "floor": _plain(found.floor), "excess": _plain(found.excess),
-            "action_size": _plain(found.action_size), "exact": found.exact.tolist(), "degenerate": found.degenerate.tolist(),
-        },
-        "[low, high] is the pointwise interval of total; low_any is the lower bound that holds for all elements at once.",
-    )
-
-
-def _parameters(transform: Transform, params: Tensor, names: list[str]) -> Table:
-    columns = {f"{p.name} ({p.unit})" if p.unit else p.name: params[:, i].tolist() for i, p in enumerate(transform.parameters)}
-    return Table("parameters", "Parameters of every element", {"element": names, **columns})
-
-
-def _plain(values: Tensor) -> list[float | None]:
-    return [v if math.isfinite(v) else None for v in values.tolist()]
-
-
-def _metrics(found: EquivarianceError, options: Options) -> list[Metric]:
-    count, n = len(found.total), found.n
-    constant = "the features do not vary at all, so there is nothing to compare with"
-    usable = found.total.isfinite()
-    worst = int(found.total.nan_to_num(nan=-1.0).argmax())
-    interval = None
-    if bool(usable.any()):
-        interval = Interval(
-            float(found.low_any[usable].max()), float(found.interval.high[usable].max()),
-            f"{METHOD}, {options.level:.0%}: from the largest simultaneous lower bound to the largest pointwise upper bound "
-            f"of {count} elements",
+def _inputs(
+    subject: subject.Subject, options: Options, transform: Transform
+) -> tuple[Inputs, Tensor | None, Tensor | None]:
+    """The inputs that the options name, the cluster of each, and the images' indices in the split where they are natural."""
+    wraps = isinstance(transform, Translations) and transform.wrap
+    if options.images != "data":
+        if options.cluster is not None:
+            raise GeomsslError(f"--cluster {options.cluster} of {options.images}", "--images data", reason="no-factor")
+        channels = int(getattr(subject.encoder, "in_channels", subject.source.channels))
+        made = pictures(
+            options.images, options.n or 256, channels, subject.source.size, options.bandwidth,
+            wraps or options.boundary == "circular", options.seed,
         )
-
-    def single(name: str, values: Tensor, missing: str, about: str) -> Metric:
-        value = float(values[worst])
-        given = value if math.isfinite(value) else None
-        reason = missing if given is None else "describes the total error beside it and is no basis of a verdict"
-        return Metric(name, given, n=n, reason=reason, about=about)
-
-    no_floor = "the transform has no inverse" if bool(usable.any()) else constant
-    return [
-        Metric(
-            "total", float(found.total[worst]) if interval else None, n=n, interval=interval,
-            reason=None if interval else constant, better="lower", about="total error at the worst element",
-        ),
-        single("action_size", found.action_size, constant, "how much the declared action moves the features there"),
-        single("floor", found.floor, no_floor, "what resampling there and back does to the features there"),
-        single("excess", found.excess, no_floor, "total without the floor, in squares; never the basis of a verdict"),
-        Metric("chance", CHANCE, reason="a constant: what unrelated features score", about="total error of unrelated features"),
-        Metric(
-            "exact", float(found.exact.double().mean()), n=n, reason="a property of the elements, not of a sample",
-            about=f"share of the {count} elements whose pair of actions only permutes",
-        ),
-        Metric(
-            "variance_share", float(found.variance_share.min()), n=n,
-            reason=f"compared with a stated share only: under {options.share:g} the features are degenerate",
-            about="variance of the features over their squared norm, at the element where it is least",
-        ),
-    ]
-
-
-def _headline(found: EquivarianceError, names: list[str], transform: Transform, layer: str, declared: Action) -> str:
-    features = "fibres" if layer == "fibres" else "vectors h"
-    if bool(found.degenerate.all()):
-        return f"The {features} hardly vary from image to image: nothing can be told about how {transform.name} moves them."
-    judged = found.exact & ~found.degenerate
-    total_of = found.total.nan_to_num(nan=-1.0)
-    worst = int((total_of.masked_fill(~judged, -1.0) if bool(judged.any()) else total_of).argmax())
-    total = float(found.total[worst])
-    does, kept = doing(transform), total < CLOSE
-    if not bool(judged.any()):
-        return (
-            f"{does} puts the {features} {total:.2g} of their spread from the declared place, at {names[worst]} "
-            f"(chance {CHANCE:.3g}); nothing is merely permuted there, so this is no verdict on the model."
+        return rendered(made, transform, subject.dtype, subject.device), None, None
+    subject.need(2, "an equivariance error")
+    if subject.source.size < 2:
+        raise GeomsslError(
+            f"images of {subject.source.size}x{subject.source.size} pixels", "at least 2x2 pixels", reason="bad-images"
         )
-    if declared.name == "trivial":
-        said = f"{does} {'leaves' if kept else 'does not leave'} the {features} as they are"
-    else:
-        said = f"{does} {'moves' if kept else 'does not move'} the {features} as declared"
-    count = "" if bool(judged.all()) else f" of the {int(judged.sum())} elements in {len(names)} that only permute"
-    return f"{said}: worst error {total:.2g} of the features' spread{count}, at {names[worst]} (chance {CHANCE:.3g})."
+    indices = subject.choose(options)
+    clusters = None if options.cluster is None else _factor(subject, options.cluster)[indices]
+    exact = getattr(subject.source, "rendered", None)
+    if exact is not None:
+        return rendered(exact, transform, subject.dtype, subject.device, indices), clusters, indices
+    spread = indices[:: max(1, len(indices) // SPECTRUM)]
+    reference = like(subject.images(spread), options.references, wraps, options.seed) if options.references > 1 else None
+    return natural(lambda rows: subject.images(indices[rows]), len(indices), reference), clusters, indices
 
 
-def _notes(
-    found: EquivarianceError, names: list[str], declared: Action, size: Size, features: Tensor, dtype: torch.dtype
-) -> list[str]:
-    notes = [f"Features were computed in {str(dtype).removeprefix('torch.')} and summed in float64."]
-    exact, moved = found.exact, found.action_size.nan_to_num(nan=0.0)
-    if bool(found.degenerate.any()):
-        where = ", ".join(n for n, bad in zip(names, found.degenerate.tolist(), strict=True) if bad)
-        notes.append(f"Degenerate at {where}: the features hardly vary, so a small error would mean nothing. Never a pass.")
-    if declared.name == "trivial":
-        notes.append("The trivial action asks for invariance: a network that keeps nothing of the image meets it too.")
-    elif float(moved.min()) < SMALL_ACTION:
-        notes.append(
-            f"At {names[int(moved.argmin())]} the declared action moves the features by only {float(moved.min()):.2g} of their "
-            "spread: an invariant network meets it trivially."
+def _factor(subject: subject.Subject, name: str) -> Tensor:
+    known = dict(subject.source.factors)
+    if subject.source.labels is not None:
+        known["label"] = subject.source.labels
+    if name not in known:
+        raise GeomsslError(
+            f"--cluster {name} of {subject.source.name}", f"one of {', '.join(known) or 'none: it has no factors'}",
+            reason="no-factor",
         )
-    if not bool(exact.all()):
-        notes.append(
-            f"{int((~exact).sum())} of {len(names)} elements are not exact: the image or the features are resampled there, "
-            "and total mixes the model's defect with that. The floor describes resampling there and back; it is no bound."
-        )
-    if float(found.total.nan_to_num(nan=0.0).max()) > 1.1 * CHANCE:
-        notes.append(
-            "A total above chance means that the mean of the features over images does not move as declared either: what all "
-            "images share is put in the wrong place."
-        )
-    if bool(found.floor.isnan().all()) and bool(found.total.isfinite().any()):
-        notes.append(f"{declared.transform.name} has no inverse, so there is no floor and no excess.")
-    placed, counts = declared.geometry, any(p.unit == "pixels" for p in declared.transform.parameters)
-    if declared.name == "spatial" and counts and placed is not None:
-        stride = placed.stride[0]
-        notes.append(
-            f"A feature pixel is {stride:g} image pixels, as the layers say: only multiples of {stride:g} are whole (see step)."
-            if placed.source == "layers"
-            else f"The layers do not tell the stride; the ratio of sizes stands in, {size[0]} / {features.shape[-2]} = "
-            f"{stride:.3g} pixels, and no shift counts as exact."
-        )
-    return notes
+    return known[name]
+
+
+def _sweep(
+    subject: subject.Subject, options: Options, reader: Reader, transform: Transform, params: Tensor, actions: list[Action],
+    settings: Settings,
+) -> Table:
+    """Rendered fields of several bandwidths: what remains when resampling no longer matters."""
+    rows = []
+    wraps = (isinstance(transform, Translations) and transform.wrap) or options.boundary == "circular"
+    channels, side = int(getattr(subject.encoder, "in_channels", subject.source.channels)), subject.source.size
+    for bandwidth in BANDWIDTHS:
+        if bandwidth * side < 2:
+            continue
+        made = pictures("fields", REFERENCES, channels, side, bandwidth, wraps, options.seed)
+        inputs = rendered(made, transform, subject.dtype, subject.device)
+        few = replace(settings, resamples=min(settings.resamples, 1000))
+        rows.append((bandwidth, judge(reader, inputs, transform, params, actions, options.boundary, None, few)[0]))
+    if not rows:
+        raise GeomsslError(f"--sweep on pictures of {side}x{side} pixels", "at least 5x5 pixels", reason="bad-images")
+    return sweep_table(reader.layers, labels(transform, params), rows)

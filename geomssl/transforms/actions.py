@@ -47,6 +47,10 @@ class Action(ABC):
         """
         return self(features, params, image_size)
 
+    def guesses(self, feature_size: Size, image_size: Size) -> bool:
+        """Does the declaration rest on a guessed place of the features, the ratio of sizes?"""
+        return False
+
     def places(self, params: Tensor, feature_size: Size, image_size: Size) -> Places | None:
         """Feature coordinates (y, x), each broadcasting to (n, h, w), that Γ_g reads for every feature pixel; None: unknown."""
         return None
@@ -143,6 +147,14 @@ class SpatialAction(Action):
 
     def precise(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
         return self.finely(features.flatten(1, -3), params, image_size).view_as(features)
+
+    def guesses(self, feature_size: Size, image_size: Size) -> bool:
+        transform = self.transform
+        if isinstance(transform, Compose):
+            return any(part.guesses(feature_size, image_size) for part in self.parts)
+        if feature_size == image_size or not isinstance(transform, Geometric) or _on_the_grid(transform):
+            return False
+        return self.geometry is None or self.geometry.source != "layers"
 
     def finely(self, maps: Tensor, params: Tensor, image_size: Size) -> Tensor:
         """The move of maps (n, C, h, w), read by windowed sinc where it is no permutation."""

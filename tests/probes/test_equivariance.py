@@ -1,6 +1,7 @@
 """equivariance_error: closed forms, what must look bad, what must be degenerate, and assert_equivariant."""
 
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from geomssl import encoders
 from geomssl.encoders import GroupConv2d
 from geomssl.encoders.geometry import Geometry
 from geomssl.errors import GeomsslError
+from geomssl.probes.assurance import bootstrap_ratio
+from geomssl.probes.defect import simultaneous
 from geomssl.probes.equivariance import assert_equivariant, elements, equivariance_error, label
 from geomssl.transforms import (
     Brightness,
@@ -205,13 +208,20 @@ class TestClosedForms:
             for key in ("total", "floor", "action_size", "numerators", "denominators", "low_any"):
                 assert torch.allclose(getattr(run, key), getattr(runs[0], key), rtol=1e-9, atol=1e-12), key
 
-    def test_each_image_is_passed_once_plain_and_twice_an_element(self):
+    @pytest.mark.parametrize(("transform", "params", "passes"), [
+        (C4, others(C4), 3),  # T_g only permutes, so there and back is f(x) itself
+        (Rotate(), torch.tensor([[10.0], [20.0]]), 4),
+        (CyclicRotations(8), others(CyclicRotations(8)), 3 + 2 * 4),
+    ])  # fmt: skip
+    def test_each_image_is_passed_once_plain_once_an_element_and_once_more_where_pixels_are_resampled(
+        self, transform, params, passes
+    ):
         seen = []
         equivariance_error(
-            lambda x: seen.append(len(x)) or x, images(n=6), C4, others(C4), "spatial", batch_size=4,
+            lambda x: seen.append(len(x)) or x, images(n=6), transform, params, "spatial", batch_size=4,
             geometry=Geometry((1.0, 1.0), (0.0, 0.0)),
         )
-        assert sum(seen) == 6 * (1 + 2 * 3)
+        assert sum(seen) == 1 + 6 * (1 + passes)  # one image before, to see what the features are
 
 
 class TestIntervals:
@@ -230,20 +240,24 @@ class TestIntervals:
 
     def test_the_simultaneous_bounds_hold_together_as_often_as_they_say(self):
         """Errors of eight columns with the same true ratio: how often does any low_any lie above it?"""
-        from geomssl.probes.defect import _figures
-
         trials, n, count = 200, 60, 8
         g = torch.Generator().manual_seed(0)
         misses = pointwise = 0
         for trial in range(trials):
-            error = torch.empty(count, n, dtype=torch.float64).exponential_(generator=g)
+            error = torch.empty(n, count, dtype=torch.float64).exponential_(generator=g)
             ones = torch.ones_like(error)
-            sums = {"error": error, "spread": ones, "trip": ones, "moved": ones}
-            found = _figures(sums, float(n), torch.ones(count), True, n, 0.9, 400, trial, 1e-6)
-            misses += bool((found.low_any > 1).any())
-            pointwise += bool((found.interval.low > 1).any())
+            misses += bool((simultaneous(error, ones, trial, 0.9, 400, count) > 1).any())
+            pointwise += bool((bootstrap_ratio(error, ones, trial, 0.9, 400)[0] > 1).any())
         assert misses / trials < 0.1
         assert pointwise > 2 * misses
+
+    def test_bounds_beyond_the_reach_of_the_resamples_are_no_higher_than_the_normal_ones(self):
+        error = torch.empty(50, 1, dtype=torch.float64).exponential_(generator=torch.Generator().manual_seed(0))
+        ones = torch.ones_like(error)
+        far, near = (float(simultaneous(error, ones, 0, 0.9, 400, columns)) for columns in (10**6, 10))
+        tail = NormalDist().inv_cdf(0.05 / 10**6)
+        normal = float(error.mean() + tail * (error - error.mean()).square().sum().sqrt() / 50)
+        assert far <= math.sqrt(max(0.0, normal)) < near
 
 
 class TestDegenerate:

@@ -17,7 +17,10 @@ from geomssl.probes.subject import Subject
 from geomssl.reports.gate import Rules, evaluate
 from geomssl.transforms import CyclicRotations
 
-COLUMNS = ["element", "total", "low", "high", "low_any", "floor", "excess", "action_size", "exact", "degenerate"]
+COLUMNS = [
+    "layer", "element", "total", "low", "high", "low_any", "resampling", "bound_low", "bound_high", "bound_low_any", "floor",
+    "excess", "action_size", "exact", "degenerate",
+]
 
 
 def source(n=24, size=8, channels=1, constant=None):
@@ -54,7 +57,12 @@ def test_the_artifact_is_whole_and_survives_the_disk(tmp_path):
     assert found.metric("chance").value == math.sqrt(2)
     assert found.headline.startswith("Turning the image (c4) moves the fibres as declared: worst error ")
     assert found.options["transform"] == "c4"
-    assert found.provenance == {"run": "c4-cnn", "action": "regular"}
+    assert found.provenance == {
+        "run": "c4-cnn", "action": "regular", "transform": "c4", "images": "data", "n": 24, "layers": ["fibres"],
+    }
+    for bound, own in (("bound_low", "low"), ("bound_high", "high"), ("bound_low_any", "low_any")):
+        assert table.columns[bound] == table.columns[own]
+    assert table.columns["resampling"] == [0.0] * 3
     assert any("float32" in note for note in found.notes)
     again = artifact.load(found.save(tmp_path))
     assert again.to_json() == found.to_json()
@@ -111,10 +119,10 @@ def test_a_group_that_the_encoder_does_not_declare_is_said_to_be_a_doubtful_decl
 
 
 def test_a_headline_gives_no_verdict_where_nothing_is_merely_permuted():
-    found = probe(subject(), Options(transform="rotate", draws=3))
+    found = probe(subject(), Options(transform="rotate", draws=3, references=0))
     assert "no verdict on the model" in found.headline
-    mixed = probe(subject("cnn"), Options(transform="c8"))
-    assert "of the 3 elements in 7 that only permute" in mixed.headline
+    mixed = probe(subject("cnn"), Options(transform="c8", references=0))
+    assert "of the 3 elements in 7 that can be judged" in mixed.headline
     columns = mixed.table("elements").columns
     exact = [t for t, permutes in zip(columns["total"], columns["exact"], strict=True) if permutes]
     assert f"worst error {max(exact):.2g}" in mixed.headline
@@ -131,7 +139,7 @@ def test_shifts_by_the_stride_are_exact_and_the_stride_is_said():
 
 
 def test_what_resamples_is_inconclusive_at_the_gate_and_says_what_the_floor_is():
-    found = probe(subject(), Options(transform="rotate", draws=4))
+    found = probe(subject(), Options(transform="rotate", draws=4, references=0))
     assert len(found.table("elements")) == 4
     assert any("not exact" in note and "no bound" in note for note in found.notes)
     assert verdict(found, limit=1.4).reason == "inexact-pair"

@@ -1,0 +1,111 @@
+"""judge: every layer under every element on given inputs. Judged pixels, what resampling does, and the measurement itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from geomssl.errors import GeomsslError
+from geomssl.probes.boundary import clean, refusal
+from geomssl.probes.defect import Distance, EquivarianceError, Task, measure
+from geomssl.probes.elements import labels
+from geomssl.probes.inputs import Inputs
+from geomssl.probes.layers import Layer, Reader
+from geomssl.probes.resampling import distances
+from geomssl.probes.units import units
+from geomssl.transforms.actions import Action
+from geomssl.transforms.base import Size, Transform
+
+# Features whose variance is under this share of their squared norm are degenerate.
+DEGENERATE = 1e-6
+# Rendered pictures on which r is measured, and those of one bandwidth of a sweep.
+REFERENCES = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a measurement is told beside the model, the images and the transform; see Options."""
+
+    level: float = 0.95
+    resamples: int = 2000
+    seed: int = 0
+    batch_size: int = 256
+    share: float = DEGENERATE
+    memory: int = 2**31
+    references: int = REFERENCES
+
+
+def judge(
+    reader: Reader,
+    inputs: Inputs,
+    transform: Transform,
+    params: Tensor,
+    actions: list[Action],
+    boundary: str,
+    clusters: Tensor | None,
+    settings: Settings,
+) -> tuple[list[EquivarianceError], list[str]]:
+    """Every layer under every element: masks, r, and the measurement. And remarks on r."""
+    first, size = inputs.of(slice(0, 1)), inputs.size
+    params = params.to(first.device)
+    exact = [act.is_exact(params, layer.size, size) for act, layer in zip(actions, reader.layers, strict=True)]
+    masks = _masks(reader.layers, actions, transform, params, size, boundary, inputs.moved is None)
+    figures = len(params) * len(actions)
+    chosen = units(inputs.n, figures, settings.memory, clusters, settings.seed)
+    known, remarks = _distances(reader, inputs, transform, params, actions, masks, exact, settings)
+    task = Task(
+        reader.features, inputs.of, inputs.n, transform, params, actions, masks, chosen, inputs.moved, settings.batch_size,
+        settings.memory // 8,
+    )
+    return measure(task, settings.level, settings.resamples, settings.seed, settings.share, known), remarks
+
+
+def _masks(
+    layers: list[Layer], actions: list[Action], transform: Transform, params: Tensor, size: Size, boundary: str,
+    framed: bool,
+) -> list[Tensor | None]:
+    if boundary != "crop":
+        return [None] * len(layers)
+    masks: list[Tensor | None] = []
+    for layer, act in zip(layers, actions, strict=True):
+        if layer.geometry is None:
+            masks.append(None)
+            continue
+        mask = clean(act, layer.geometry, params, layer.size, size, framed)
+        empty = ~mask.flatten(1).any(dim=1)
+        if bool(empty.any()):
+            worst = labels(transform, params)[int(empty.int().argmax())]
+            raise refusal(layer.name, worst, layer.geometry, size)
+        masks.append(mask)
+    return masks
+
+
+def _distances(
+    reader: Reader, inputs: Inputs, transform: Transform, params: Tensor, actions: list[Action],
+    masks: list[Tensor | None], exact: list[Tensor], settings: Settings,
+) -> tuple[list[Distance] | None, list[str]]:
+    if all(bool(e.all()) for e in exact):
+        return None, []
+    if inputs.reference is None or settings.references < 2:
+        return None, [
+            "What resampling does was not measured, so where something is resampled there are no bounds of the defect."
+        ]
+    first = inputs.of(slice(0, 1))
+    try:
+        found = distances(
+            reader.features, inputs.reference, settings.references, transform, params, actions, masks, exact,
+            resampled=inputs.moved is None, dtype=first.dtype, device=first.device, batch_size=settings.batch_size,
+            level=settings.level, resamples=settings.resamples, seed=settings.seed,
+        )
+    except GeomsslError as error:
+        if error.reason not in ("no-rendering", "not-geometric"):
+            raise
+        return None, [f"{error}. So what resampling does could not be measured, and there are no bounds of the defect."
+        ]
+    for index, (act, layer) in enumerate(zip(actions, reader.layers, strict=True)):
+        if act.guesses(layer.size, inputs.size):
+            # Where features are not known to lie, a distance from the declared place says nothing of the model.
+            found[index] = Distance(*(torch.full_like(values, torch.nan) for values in found[index]))
+    return found, []
