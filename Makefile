@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-zoo lint types clean
+.PHONY: demo test test-zoo bench stress lint types clean
 
 demo: $(VENV)/.ready
 	$(BIN)/geomssl demo
@@ -15,6 +15,14 @@ test: $(VENV)/.ready
 # The comparison with torchvision, whose wheel needs an environment of its own.
 test-zoo: .venv-zoo/.ready
 	.venv-zoo/bin/python -m pytest -m zoo tests/zoo
+
+# Ratios against peers, in an environment of its own: make bench NAMES="views group_conv"
+bench: .venv-bench/.ready
+	.venv-bench/bin/python benchmarks/run.py $(NAMES)
+
+# Kills at random moments of training and probing.
+stress: $(VENV)/.ready
+	$(BIN)/python tests/stress/faults.py
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
@@ -32,5 +40,11 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	.venv-zoo/bin/python -m pip --disable-pip-version-check install --quiet --no-deps torchvision==0.28.0
 	@touch $@
 
+.venv-bench/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-bench || { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv-bench; }
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable . kornia==0.9.0
+	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet --no-deps torchvision==0.28.0 grad-cam==1.5.7 ttach==0.0.3 opencv-python-headless==5.0.0.93
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-zoo build dist *.egg-info demo
+	rm -rf .venv .venv-zoo .venv-bench build dist *.egg-info demo
