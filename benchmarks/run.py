@@ -29,7 +29,8 @@ def machine() -> str:
         lines = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
         name = lines[0] if lines else name
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"
-    return f"{name}, {torch.get_num_threads()} threads{gpu}; torch {torch.__version__.partition('+')[0]}, Python {platform.python_version()}"
+    versions = f"torch {torch.__version__.partition('+')[0]}, Python {platform.python_version()}"
+    return f"{name}, {torch.get_num_threads()} threads{gpu}; {versions}"
 
 
 def main() -> None:
