@@ -17,6 +17,7 @@ from geomssl.probes.resampling import distances
 from geomssl.probes.units import units
 from geomssl.transforms.actions import Action
 from geomssl.transforms.base import Size, Transform
+from geomssl.transforms.sinc import Window
 
 # Features whose variance is under this share of their squared norm are degenerate.
 DEGENERATE = 1e-6
@@ -93,9 +94,13 @@ def _distances(
             "What resampling does was not measured, so where something is resampled there are no bounds of the defect."
         ]
     first = inputs.of(slice(0, 1))
+    windows = [
+        None if mask is None or layer.geometry is None else _window(layer, inputs.size)
+        for layer, mask in zip(reader.layers, masks, strict=True)
+    ]
     try:
         found = distances(
-            reader.features, inputs.reference, settings.references, transform, params, actions, masks, exact,
+            reader.features, inputs.reference, settings.references, transform, params, actions, masks, windows, exact,
             resampled=inputs.moved is None, dtype=first.dtype, device=first.device, batch_size=settings.batch_size,
             level=settings.level, resamples=settings.resamples, seed=settings.seed,
         )
@@ -109,3 +114,10 @@ def _distances(
             # Where features are not known to lie, a distance from the declared place says nothing of the model.
             found[index] = Distance(*(torch.full_like(values, torch.nan) for values in found[index]))
     return found, []
+
+
+def _window(layer: Layer, size: Size) -> Window:
+    """The feature pixels of a layer that see the image alone."""
+    assert layer.geometry is not None
+    rows, columns = (layer.geometry.clean(layer.size[axis], size[axis], axis) for axis in (0, 1))
+    return (*rows, *columns)

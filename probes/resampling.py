@@ -14,6 +14,7 @@ from geomssl.probes.defect import Distance, compare, precise, squares
 from geomssl.progress import track
 from geomssl.transforms.actions import Action
 from geomssl.transforms.base import Size, Transform
+from geomssl.transforms.sinc import Window
 
 
 @torch.no_grad()
@@ -25,6 +26,7 @@ def distances(
     params: Tensor,
     actions: Sequence[Action],
     masks: Sequence[Tensor | None],
+    windows: Sequence[Window | None],
     exact: Sequence[Tensor],
     *,
     resampled: bool,
@@ -39,10 +41,11 @@ def distances(
 
         r_g^2 = sum |[f(T~_g x) - f(T_g x)] - [Γ_g f(x) - Γ*_g f(x)]|^2 / sum |Γ_g f(x) - mean|^2
 
-    T~ resamples pixels, T is rendered; Γ reads features bilinearly, Γ* by windowed sinc (Action.precise). With
-    total measured by T~ and Γ, and the defect defined by T and Γ*, f(T~x) - Γf = [f(Tx) - Γ*f] + what stands above, so
-    on these pictures |total - defect| <= r (triangle inequality in L2 over images). resampled: whether the images were (natural
-    images); else the first bracket is zero. exact: the elements (E,) of each layer at which nothing is resampled: r = 0.
+    T~ resamples pixels, T is rendered; Γ reads features bilinearly, Γ* by windowed sinc (Action.precise). With total
+    measured by T~ and Γ, and the defect defined by T and Γ*, f(T~x) - Γf = [f(Tx) - Γ*f] + what stands above, so on these
+    pictures |total - defect| <= r (triangle inequality in L2 over images). resampled: whether the images were (natural
+    images); else the first bracket is zero. windows: the feature pixels that Γ* may read. exact: the elements (E,) of each
+    layer at which nothing is resampled: r = 0.
     The limits are upper ends of intervals at (1 + level) / 2, so that total and r share the tail; high_any divides it by
     the number of elements of all layers. Raises GeomsslError (reason no-rendering) where T cannot be rendered.
     """
@@ -73,11 +76,11 @@ def distances(
             if resampled and not bool(permutes[g]):
                 pairs = zip(features(transform(x, each)), features(render(rows, each.cpu())), strict=True)
                 gaps = [precise(a) - precise(b) for a, b in pairs]
-            for layer, (act, values, mean, mask) in enumerate(zip(actions, fx, means, masks, strict=True)):
+            for layer, (act, values, mean, mask, window) in enumerate(zip(actions, fx, means, masks, windows, strict=True)):
                 if bool(exact[layer][g]):
                     continue
                 spread = compare(act, values, mean, one, size, None if mask is None else mask[g : g + 1].to(x.device))
-                off = precise(act.precise(values, each, size)) - spread.declared
+                off = precise(act.precise(values, each, size, window)) - spread.declared
                 off = off if gaps is None else off + gaps[layer]
                 numerators[layer][g, rows] = squares(spread.kept(off)).cpu()
                 denominators[layer][g, rows] = spread.values.cpu()

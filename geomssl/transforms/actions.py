@@ -17,7 +17,7 @@ from geomssl.transforms.geometric import Geometric, HorizontalFlip
 from geomssl.transforms.groups import Translations
 from geomssl.transforms.photometric import Photometric
 from geomssl.transforms.sampling import bilinear, frame, working_dtype
-from geomssl.transforms.sinc import windowed_sinc
+from geomssl.transforms.sinc import Window, windowed_sinc
 
 Places = tuple[Tensor, Tensor]
 ActionFunction = Callable[[Tensor, Tensor, Size], Tensor]
@@ -40,10 +40,11 @@ class Action(ABC):
         Only there is a difference between f(T_g x) and Γ_g f(x) all the model's.
         """
 
-    def precise(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
+    def precise(self, features: Tensor, params: Tensor, image_size: Size, window: Window | None = None) -> Tensor:
         """The same declaration with a finer reading where it resamples: windowed sinc instead of bilinear.
 
         How far the two are apart says what Γ's own interpolation does. Where nothing is resampled they are equal.
+        window: the feature pixels (first and last row, first and last column) that may be read; None: all.
         """
         return self(features, params, image_size)
 
@@ -96,7 +97,7 @@ class RegularAction(Action):
     def __call__(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
         return self.group.act(features, params)
 
-    def precise(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
+    def precise(self, features: Tensor, params: Tensor, image_size: Size, window: Window | None = None) -> Tensor:
         moved = self(features, params, image_size)
         resampled = ~self.group.is_exact(params, _size(features))
         if not bool(resampled.any()) or not isinstance(self.group, Geometric):
@@ -107,7 +108,7 @@ class RegularAction(Action):
         centre = self.group.act(numbered, row_params)[:, :, :, 1:2, 1:2]
         origin = centre.round().long().expand(-1, features.shape[1], -1, *_size(features))
         maps = rows.gather(2, origin).flatten(1, 2)
-        moved[resampled] = SpatialAction(self.group, self.geometry).finely(maps, row_params, image_size).view_as(rows)
+        moved[resampled] = SpatialAction(self.group, self.geometry).finely(maps, row_params, image_size, window).view_as(rows)
         return moved
 
     def places(self, params: Tensor, feature_size: Size, image_size: Size) -> Places | None:
@@ -145,8 +146,8 @@ class SpatialAction(Action):
             )
         return self._move(features.flatten(1, -3), params, image_size).view_as(features)
 
-    def precise(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
-        return self.finely(features.flatten(1, -3), params, image_size).view_as(features)
+    def precise(self, features: Tensor, params: Tensor, image_size: Size, window: Window | None = None) -> Tensor:
+        return self.finely(features.flatten(1, -3), params, image_size, window).view_as(features)
 
     def guesses(self, feature_size: Size, image_size: Size) -> bool:
         transform = self.transform
@@ -156,18 +157,18 @@ class SpatialAction(Action):
             return False
         return self.geometry is None or self.geometry.source != "layers"
 
-    def finely(self, maps: Tensor, params: Tensor, image_size: Size) -> Tensor:
+    def finely(self, maps: Tensor, params: Tensor, image_size: Size, window: Window | None = None) -> Tensor:
         """The move of maps (n, C, h, w), read by windowed sinc where it is no permutation."""
         if isinstance(self.transform, Compose):
             for part, columns in zip(self.parts, self.transform.slices, strict=True):
-                maps = part.finely(maps, params[:, columns], image_size)
+                maps = part.finely(maps, params[:, columns], image_size, window)
             return maps
         if not isinstance(self.transform, Geometric):
             return maps
         params = self.transform.admit(maps, params)
         y, x, share = self._read(maps.to(working_dtype(maps.dtype)), params, _size(maps), image_size)
         wrap = isinstance(self.transform, Translations) and self.transform.wrap
-        moved = windowed_sinc(maps.to(y.dtype), y, x, wrap=wrap)
+        moved = windowed_sinc(maps.to(y.dtype), y, x, wrap=wrap, window=window)
         return (moved if share is None else moved * share.unsqueeze(1)).to(maps.dtype)
 
     def places(self, params: Tensor, feature_size: Size, image_size: Size) -> Places | None:
