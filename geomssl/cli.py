@@ -25,6 +25,7 @@ COMMANDS = {
     "demo": ("geomssl.demo:command", "train, measure, report and gate on embedded data"),
     "train": ("geomssl.commands.training:train", "train an encoder by a recipe"),
     "probe": ("geomssl.commands.probing:probe", "run every probe, features computed once"),
+    "features": ("geomssl.commands.exporting:features", "features, labels and factors of a split as plain arrays"),
     "report": ("geomssl.commands.judging:report", "one HTML file from the artifacts of one run or more"),
     "gate": ("geomssl.commands.judging:gate", "judge a run by rules; exit 1 where it fails"),
     "datasets": ("geomssl.commands.listing:datasets", "list the data sets"),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from geomssl.errors import GeomsslError
 
@@ -33,11 +36,19 @@ def writable(path: Path | str) -> Path:
 
 def write(path: Path | str, content: bytes | str) -> Path:
     """Replace `path` by bytes or text; all of it or nothing."""
+    with replacing(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextmanager
+def replacing(path: Path | str) -> Iterator[BinaryIO]:
+    """A file to write to, which takes the place of `path` at the end of the block; where the block fails, nothing changes."""
     path = writable(path)
     sibling = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(sibling, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(sibling, path)
@@ -48,7 +59,6 @@ def write(path: Path | str, content: bytes | str) -> Path:
     finally:
         sibling.unlink(missing_ok=True)
     sync_folder(path.parent)
-    return path
 
 
 def sync_folder(folder: Path) -> None:

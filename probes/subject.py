@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import weakref
@@ -136,6 +137,11 @@ class Subject:
             self._cache[key] = self._run(indices, layer, part, view)
         return self._cache[key]
 
+    def view_params(self, indices: Tensor, part: Part, view: tuple[Transform, int, int]) -> Tensor:
+        """The parameters (n, P) of that view of those images."""
+        policy, seed, number = view
+        return policy.sample(len(indices), generator(seed, f"view-{part}", number), (self._source(part).size,) * 2)
+
     @torch.no_grad()
     def _run(self, indices: Tensor, layer: Layer, part: Part, view: tuple[Transform, int, int] | None) -> Tensor:
         if layer == "z":
@@ -144,9 +150,7 @@ class Subject:
             return torch.cat([projector(chunk.to(self.device)).cpu() for chunk in h.split(self.batch_size)])
         params = None
         if view is not None:
-            policy, seed, number = view
-            size = (self._source(part).size,) * 2
-            params = policy.sample(len(indices), generator(seed, f"view-{part}", number), size)
+            params = self.view_params(indices, part, view)
         found, out = 0, None
         for chunk, images in self.batches(indices, f"features {layer}", part):
             if params is not None:
@@ -172,6 +176,16 @@ class Subject:
             self._spill = Path(tempfile.mkdtemp(prefix="geomssl-"))
             weakref.finalize(self, shutil.rmtree, self._spill, True)
         path = self._spill / f"{len(self._cache)}.bin"
+        try:
+            # room is taken now: a mapped file that finds the disk full later kills the process without a word
+            with open(path, "wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, wanted)
+        except OSError as error:
+            raise GeomsslError(
+                f"cannot write {wanted / 2**30:.2g} GB of features to {path}: {error.strerror}",
+                "room in the temporary folder (TMPDIR), or a larger --memory", reason="unwritable",
+            ) from None
         return torch.from_file(str(path), shared=True, size=int(np.prod(shape)), dtype=dtype).view(shape)
 
     def random_twin(self) -> Subject | None:
