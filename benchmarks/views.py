@@ -34,8 +34,8 @@ def main() -> list[Row]:
         return ours_policy(to_unit(pixels), params)
 
     kornia = AugmentationSequential(
-        RandomResizedCrop((SIZE, SIZE), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), RandomHorizontalFlip(0.5),
-        ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomGrayscale(0.2), data_keys=["input"],
+        RandomResizedCrop((SIZE, SIZE), scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3)), RandomHorizontalFlip(p=0.5),
+        ColorJitter(0.4, 0.4, 0.4, 0.1, p=0.8), RandomGrayscale(p=0.2), data_keys=["input"],
     )
     single = T.Compose([
         T.RandomResizedCrop(SIZE, scale=(0.08, 1.0)), T.RandomHorizontalFlip(),
