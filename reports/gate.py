@@ -29,8 +29,8 @@ from geomssl.reports.verdict import (
 )
 
 __all__ = [
-    "CHANCE", "NEVER_PASS", "Outcome", "Reason", "Rule", "Rules", "Verdict", "describe", "evaluate", "exit_code", "read_rules",
-    "records",
+    "CHANCE", "NEVER_PASS", "Outcome", "Reason", "Rule", "Rules", "Verdict", "check", "describe", "evaluate", "exit_code",
+    "read_rules", "records",
 ]
 
 
@@ -44,16 +44,20 @@ def evaluate(artifacts: Sequence[Artifact], rules: Rules, baselines: Sequence[Ar
     """
     if not artifacts:
         raise GeomsslError("no artifacts to judge", "at least one measured artifact", reason="no-artifact")
-    if baselines and not any(rule.compares for rule in rules.rule):
-        raise GeomsslError("a baseline, and no rule that compares", "max_increase or max_ratio in a rule", reason="bad-usage")
     verdicts = []
-    for rule in rules.rule:
-        before = baseline.candidates(rule, baselines)
+    for rule, before in zip(rules.rule, check(rules, baselines), strict=True):
         matching = _latest(a for a in artifacts if not _mismatch(rule, a))
         if not matching:
             verdicts.append(_absent(rule, artifacts))
         verdicts += [_elements(rule, a, before) if rule.per_element else _figure(rule, a, before) for a in matching]
     return verdicts
+
+
+def check(rules: Rules, baselines: Sequence[Artifact]) -> list[list[Artifact]]:
+    """The baselines of each rule. GeomsslError where a rule compares and has none, or where none is ever compared with."""
+    if baselines and not any(rule.compares for rule in rules.rule):
+        raise GeomsslError("a baseline, and no rule that compares", "max_increase or max_ratio in a rule", reason="bad-usage")
+    return [baseline.candidates(rule, baselines) for rule in rules.rule]
 
 
 def _mismatch(rule: Rule, artifact: Artifact) -> str:

@@ -1,4 +1,4 @@
-"""Verdicts and main figures as Markdown, for the summary page of a CI step."""
+"""Verdicts and main figures as Markdown for the summary page of a CI step, and as its annotations."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from pathlib import Path
 
 from geomssl.artifact import Artifact
 from geomssl.errors import GeomsslError
-from geomssl.reports.gate import Verdict
 from geomssl.reports.numbers import figure
+from geomssl.reports.verdict import OUTCOMES, Verdict
 
 # GitHub refuses a step's summary above 1 MiB; what goes before ours in the same step counts too.
 LIMIT = 2**20
 ROOM = 256 * 1024
 _SIGN = {"fail": "❌ fail", "inconclusive": "❔ inconclusive", "pass": "✅ pass"}
-_ORDER = ("fail", "inconclusive", "pass")
+# GitHub shows ten errors and ten warnings of a step, and leaves the others out unsaid.
+ANNOTATIONS = 10
 
 
 def summary(verdicts: Sequence[Verdict], artifacts: Sequence[Artifact]) -> str:
@@ -26,8 +27,8 @@ def summary(verdicts: Sequence[Verdict], artifacts: Sequence[Artifact]) -> str:
     """
     blocks: list[str] = []
     if verdicts:
-        ranked = sorted(verdicts, key=lambda v: _ORDER.index(v.verdict))
-        counts = ", ".join(f"{n} {kind}" for kind in _ORDER if (n := sum(v.verdict == kind for v in verdicts)))
+        ranked = sorted(verdicts, key=lambda v: OUTCOMES.index(v.verdict))
+        counts = ", ".join(f"{n} {kind}" for kind in OUTCOMES if (n := sum(v.verdict == kind for v in verdicts)))
         blocks.append(f"## geomssl gate: {counts}\n\n")
         rows = [[_SIGN[v.verdict], v.rule, v.run, v.expected, v.found_text] for v in ranked]
         blocks += _table(["verdict", "rule", "run", "expected", "found"], rows)
@@ -61,6 +62,35 @@ def append_step_summary(text: str) -> bool:
             f"cannot write $GITHUB_STEP_SUMMARY {path}: {error.strerror}", "a writable file", reason="unwritable"
         ) from None
     return True
+
+
+def annotations(verdicts: Sequence[Verdict]) -> list[str]:
+    """Workflow commands for what did not pass: ::error for a failure, ::warning for an inconclusive one, failures first.
+
+    At most ANNOTATIONS lines; where there is more, the last line counts what is left out.
+    """
+    ranked = [v for kind in OUTCOMES[:-1] for v in verdicts if v.verdict == kind]
+    shown = ranked if len(ranked) <= ANNOTATIONS else ranked[: ANNOTATIONS - 1]
+    lines = [
+        _command("error" if v.verdict == "fail" else "warning", f"geomssl gate: {v.rule} ({v.run})",
+                 f"{v.verdict}: expected {v.expected}; found {v.found_text}. {' '.join(v.why[:1])}")
+        for v in shown
+    ]
+    left = ranked[len(shown):]
+    if left:
+        kind = "error" if left[0].verdict == "fail" else "warning"
+        lines.append(_command(kind, "geomssl gate", f"{len(left)} more rules did not pass: see the summary"))
+    return lines
+
+
+def _command(kind: str, title: str, message: str) -> str:
+    """One workflow command on one line; its own signs in a title or a message are escaped."""
+
+    def escaped(text: str) -> str:
+        return text.replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")
+
+    short = escaped(title[:200]).replace(":", "%3A").replace(",", "%2C")
+    return f"::{kind} title={short}::{escaped(message[:1000])}"
 
 
 def _table(header: list[str], rows: list[list[str]]) -> list[str]:

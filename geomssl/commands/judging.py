@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from geomssl import artifact, files
 from geomssl.artifact import Artifact
 from geomssl.commands.model import model_options, option, subject_of
-from geomssl.commands.probing import measure
+from geomssl.config import parse
 from geomssl.errors import GeomsslError
 from geomssl.progress import shown
+from geomssl.registry import resolve
+
+if TYPE_CHECKING:
+    from geomssl.reports.rules import Rule
+    from geomssl.reports.verdict import Verdict
+
+# More images cannot change these.
+SETTLED = ("degenerate", "inexact-pair", "no-elements", "no-artifact")
+
+Measure = Callable[[Mapping[str, Any]], Artifact]
 
 
 def collect(runs: Sequence[str]) -> list[Artifact]:
-    """The artifacts of every named run: run.pt, its folder, or one artifact folder."""
+    """The artifacts of every named run: run.pt, its folder, one artifact folder or its artifact.json."""
     found: list[Artifact] = []
     for run in runs:
-        folders = artifact.find(run)
+        folders = artifact.find(Path(run).parent if Path(run).name == "artifact.json" else run)
         if not folders:
             said = "no such run" if not Path(run).exists() else "no artifact in"
             raise GeomsslError(f"{said} {run}", "a measured run.pt, its folder, or an artifact folder", reason="no-artifact")
@@ -32,8 +44,9 @@ def collect(runs: Sequence[str]) -> list[Artifact]:
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("-o", "--out", default="report.html", show_default=True, metavar="FILE", help="the HTML file")
 @click.option("--rules", metavar="GATE.toml", help="show verdicts by these rules first")
+@click.option("--baseline", multiple=True, metavar="ARTIFACT", help="what rules with max_increase or max_ratio compare with")
 @click.option("--title", default=None, help="heading of the report")
-def report(runs: tuple[str, ...], out: str, rules: str | None, title: str | None) -> None:
+def report(runs: tuple[str, ...], out: str, rules: str | None, baseline: tuple[str, ...], title: str | None) -> None:
     """One HTML file from the artifacts of one run or more: it opens offline and compares the runs.
 
     \b
@@ -44,37 +57,112 @@ def report(runs: tuple[str, ...], out: str, rules: str | None, title: str | None
     from geomssl.reports.html import render
 
     artifacts = collect(runs)
-    verdicts = judge.evaluate(artifacts, judge.read_rules(rules)) if rules else []
+    verdicts = judge.evaluate(artifacts, judge.read_rules(rules), collect(baseline)) if rules else []
     files.write(out, render(artifacts, verdicts, **({"title": title} if title else {})))
     click.echo(f"report: {out}")
 
 
-def _gate(runs: tuple[str, ...], rules: str, junit: str | None, inconclusive: str, **values: Any) -> int:
+def sequential(
+    rule: Rule, measure: Measure, budget: int, baselines: Sequence[Artifact] = ()
+) -> tuple[Artifact, list[Verdict]]:
+    """Measure at planned looks within a budget of images until a look decides: the last artifact and its verdicts.
+
+    measure: from options of the rule's probe to its artifact. A probe whose level cannot be set, or whose rule fixes n, gets
+    one look at all of the budget.
+    """
+    from geomssl.probes import looks
+    from geomssl.reports.gate import Rules, evaluate
+
+    rules = Rules(rule=(rule,))
+    if not rule.per_element:
+        found = measure({**rule.options, "n": budget})
+        return found, evaluate([found], rules, baselines)
+    asked = {key: rule.options.get(key, _default(rule.probe, key)) for key in ("level", "resamples")}
+    for look in looks.plan(budget, float(asked["level"])):
+        how = {"n": look.images, "level": look.level, "resamples": look.resamples(int(asked["resamples"]))}
+        found = looks.marked(measure({**rule.options, **how}), look, **asked)
+        verdicts = evaluate([found], rules, baselines)
+        if verdicts[0].verdict != "inconclusive" or verdicts[0].reason in SETTLED:
+            break
+    return found, verdicts
+
+
+def _default(probe: str, key: str) -> Any:
+    return resolve("probe", probe).Options.model_fields[key].default
+
+
+def _measured(
+    rules: Sequence[Rule], values: Mapping[str, Any], baselines: Sequence[Artifact]
+) -> tuple[list[Artifact], list[Verdict]]:
+    """Measure the model that the flags name, rule by rule, save the artifact of each, and judge it by its own rule."""
+    from geomssl.reports.gate import Rules, evaluate
+
+    budget = values["budget"]
+    for rule in rules if budget is not None else ():
+        if "n" in rule.options:
+            given = f"rule {rule.name!r} fixes n = {rule.options['n']} beside --budget {budget}"
+            raise GeomsslError(given, "one of them", reason="bad-usage")
+    artifacts: list[Artifact] = []
+    verdicts: list[Verdict] = []
+    with shown(not values["quiet"]):
+        subject, folder = subject_of(dict(values))
+        for rule in rules:
+            if rule.run not in (None, subject.provenance["run"]):
+                continue
+            module = resolve("probe", rule.probe)
+
+            def measure(options: Mapping[str, Any], module: Any = module, rule: Rule = rule) -> Artifact:
+                return module.probe(subject, parse(module.Options, options, f"options of {rule.probe}"))
+
+            against = baselines if rule.compares else ()
+            if budget is None:
+                found = measure(rule.options)
+                said = evaluate([found], Rules(rule=(rule,)), against)
+            else:
+                rendered = rule.options.get("images", "data") != "data"
+                within = budget if rendered else min(budget, len(subject.source))
+                found, said = sequential(rule, measure, within, against)
+            found.save(folder)
+            artifacts.append(found)
+            verdicts += said
+    if not artifacts:
+        names = ", ".join(sorted({str(rule.run) for rule in rules}))
+        raise GeomsslError(f"rules for {names} only", f"a rule for run {subject.provenance['run']}", reason="no-artifact")
+    return artifacts, verdicts
+
+
+def _gate(runs: tuple[str, ...], rules: str, **values: Any) -> int:
     from geomssl.reports import gate as judge
-    from geomssl.reports.junit import junit as to_junit
-    from geomssl.reports.markdown import append_step_summary, summary
+    from geomssl.reports.junit import junit
+    from geomssl.reports.markdown import annotations, append_step_summary, summary
 
     read = judge.read_rules(rules)
-    if values["checkpoint"] or values["model"]:
+    baselines = collect(values["baseline"])
+    judge.check(read, baselines)
+    if values["checkpoint"] or values["model"] or not runs:
         if runs:
             given_both = "runs beside --checkpoint or --model"
             raise GeomsslError(given_both, "measured runs, or a model to measure", reason="bad-usage")
-        with shown(not values["quiet"]):
-            subject, folder = subject_of(values)
-            artifacts = [
-                measure(rule.probe, subject, rule.options, folder)[0]
-                for rule in read.rule
-                if rule.run in (None, subject.provenance["run"])
-            ]
+        artifacts, verdicts = _measured(read.rule, values, baselines)
     else:
+        if values["budget"] is not None:
+            raise GeomsslError("--budget with measured runs", "--checkpoint or --model, to measure", reason="bad-usage")
         artifacts = collect(runs)
-    verdicts = judge.evaluate(artifacts, read)
-    for verdict in verdicts:
+        verdicts = judge.evaluate(artifacts, read, baselines)
+    record = json.dumps(judge.records(verdicts, values["inconclusive"]), indent=1, allow_nan=False)
+    for verdict in () if values["json"] else verdicts:
         click.echo(judge.describe(verdict))
-    if junit:
-        files.write(junit, to_junit(verdicts))
+    if values["json"]:
+        click.echo(record)
+    if values["out_json"]:
+        files.write(values["out_json"], record + "\n")
+    if values["junit"]:
+        files.write(values["junit"], junit(verdicts))
     append_step_summary(summary(verdicts, artifacts))
-    return judge.exit_code(verdicts, inconclusive)  # type: ignore[arg-type]
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in annotations(verdicts):
+            click.echo(line, err=values["json"])
+    return judge.exit_code(verdicts, values["inconclusive"])
 
 
 gate = click.Command(
@@ -82,7 +170,17 @@ gate = click.Command(
     params=[
         click.Argument(["runs"], nargs=-1, metavar="[RUN]..."),
         option("--rules", required=True, metavar="GATE.toml", help="what to measure, and the limits"),
+        option(
+            "--budget", type=click.IntRange(min=2), metavar="N",
+            help="measure at planned looks within N images, and stop at the first that decides",
+        ),
+        option(
+            "--baseline", multiple=True, metavar="ARTIFACT",
+            help="artifact.json, its folder or a run: what rules with max_increase or max_ratio compare with",
+        ),
         option("--junit", metavar="OUT.xml", help="verdicts as JUnit XML"),
+        option("--json", is_flag=True, help="print verdicts as JSON"),
+        option("--out-json", metavar="OUT.json", help="write verdicts as JSON"),
         option(
             "--inconclusive", type=click.Choice(["error", "fail", "pass"]), default="error", show_default=True,
             help="exit code of a verdict that cannot be given: 2, 1 or 0",
@@ -92,6 +190,7 @@ gate = click.Command(
     ],
     help="Judge a model by rules. Measures what the rules name, or judges the artifacts of measured runs.\n\n"
     "Exit codes: 0 every rule passes; 1 a rule fails; 2 a rule cannot be judged.\n\n\b\nExamples:\n"
-    "  geomssl gate --checkpoint run.pt --rules gate.toml --junit verdicts.xml\n"
-    "  geomssl gate run.pt other.pt --rules gate.toml",
+    "  geomssl gate --checkpoint run.pt --rules gate.toml --budget 512 --junit verdicts.xml\n"
+    "  geomssl gate run.pt other.pt --rules gate.toml\n"
+    "  geomssl gate --model my_model:make --rules gate.toml --baseline main/equivariance/1a2b3c4d5e/artifact.json",
 )
