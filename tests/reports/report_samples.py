@@ -45,7 +45,8 @@ def element_rows(rows):
     default = row(element="90°", total=0.1, low=0.09, high=0.11, low_any=0.08, floor=0.0, excess=0.1,
                    action_size=1.2, exact=True, degenerate=False)
     rows = [default | given for given in rows]
-    return Table("elements", "Error of each element", {key: [given[key] for given in rows] for key in default})
+    columns = list(dict.fromkeys(key for given in [default, *rows] for key in given))
+    return Table("elements", "Error of each element", {key: [given.get(key) for given in rows] for key in columns})
 
 
 def equivariance(run="run", rows=None, n=360, step=None, **options):
