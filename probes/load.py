@@ -1,4 +1,4 @@
-"""From what a person names (a checkpoint, or a factory of their own) to a Subject."""
+"""From what a person names (a checkpoint, an encoder with others' weights, a factory of their own) to a Subject."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 
 import geomssl
 from geomssl import checkpoint, data
-from geomssl.config import merge
+from geomssl.config import merge, parse
 from geomssl.data.base import Source, Split
-from geomssl.encoders import wrap
+from geomssl.encoders import for_images, foreign, wrap
 from geomssl.encoders.base import Encoder
-from geomssl.encoders.wrap import submodule
+from geomssl.encoders.capture import Capture, submodule
 from geomssl.errors import GeomsslError
 from geomssl.probes.subject import Subject
 from geomssl.recipe import Recipe, build, refuse_strangers
-from geomssl.registry import load_attribute
+from geomssl.registry import BUILTIN, load_attribute, resolve
 from geomssl.seeding import seeded
 from geomssl.training import build_encoder, initialise
 
@@ -69,7 +69,10 @@ def of_run(
 
     trained_on: the run's training split, whose shape the encoder has. source, train: what is measured. how: of Subject.
     """
-    learner = initialise(recipe, trained_on.channels, trained_on.size, len(trained_on.classes))
+    # the library's own weights would be fetched only to be replaced
+    ours = {"encoder": recipe.encoder.model_copy(update={"pretrained": False})}
+    blank = recipe.model_copy(update=ours) if getattr(recipe.encoder, "pretrained", False) else recipe
+    learner = initialise(blank, trained_on.channels, trained_on.size, len(trained_on.classes))
     learner.load_state_dict(weights)
 
     def untrained() -> Encoder:
@@ -92,17 +95,50 @@ def of_run(
     )
 
 
+def from_encoder(
+    name: str,
+    options: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    split: Split = "test",
+    weights: Path | str | None = None,
+    prefix: str = "auto",
+    **how: Any,
+) -> Subject:
+    """The subject of an encoder by its name (built in, timm:NAME, torchvision:NAME, your own), with others' weights or random.
+
+    options: settings of the encoder. weights, prefix: a file and how to read its names, see encoders.foreign.load.
+    """
+    section = data.configure(dataset)
+    source, train = data.load_config(section, split), data.load_config(section, "train")
+    config = parse(resolve("encoder", name).Config, {"name": name, **options}, f"encoder {name}")
+
+    def random() -> Encoder:
+        with seeded(0, "initialise"):
+            return for_images(config, source.channels, source.size)
+
+    encoder = random()
+    loaded = _weights(encoder, weights, prefix, builtin=name in BUILTIN["encoder"])
+    return Subject(
+        encoder, source, train=train, untrained=random if weights else None, **how,
+        provenance={
+            "run": Path(weights).stem if weights else name.replace(":", "-"), "encoder": name, **loaded, **_about(source, how),
+        },
+    )
+
+
 def from_factory(
     name: str,
     dataset: Mapping[str, Any],
     split: Split = "test",
     weights: Path | str | None = None,
     projector: str | None = None,
+    prefix: str = "auto",
     **how: Any,
 ) -> Subject:
-    """The subject of `package.module:factory`, which returns a module or (encoder, projector).
+    """The subject of `package.module:factory` or `FILE.py:factory`, which returns a module or (encoder, projector).
 
-    weights: a safetensors file for its state dict. projector: the name of a layer; h is then what enters that layer.
+    weights, prefix: a file for the module and how to read its names, see encoders.foreign.load. projector: the name of a
+    layer; h is then what enters that layer.
     """
     section = data.configure(dataset)
     source, train = data.load_config(section, split), data.load_config(section, "train")
@@ -114,14 +150,13 @@ def from_factory(
     if not isinstance(module, nn.Module):
         raise GeomsslError(f"--model {name} gave a {type(made).__name__}", "a torch.nn.Module or (encoder, projector)")
     untrained = copy.deepcopy(module) if weights else None
-    if weights:
-        _load_weights(module, weights)
+    loaded = _weights(module, weights, prefix)
     if projector:
         module, head = Before(module, projector), submodule(module, projector)
     return Subject(
         wrap(module, in_channels=source.channels), source, projector=head, train=train,
         untrained=(lambda: wrap(untrained, in_channels=source.channels)) if untrained is not None else None, **how,
-        provenance={"run": name.rpartition(":")[2], "model": name, **_about(source, how)},
+        provenance={"run": name.rpartition(":")[2], "model": name, **loaded, **_about(source, how)},
     )
 
 
@@ -130,32 +165,18 @@ class Before(nn.Module):
 
     def __init__(self, module: nn.Module, layer: str) -> None:
         super().__init__()
-        self.module, self.layer = module, layer
-        submodule(module, layer)
+        self.module, self._capture = module, Capture(module, [layer], before=True)
 
     def forward(self, images: Tensor) -> Tensor:
-        caught: list[Tensor] = []
-        hook = submodule(self.module, self.layer).register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))
-        try:
-            self.module(images)
-        finally:
-            hook.remove()
-        if not caught:
-            raise GeomsslError(f"--projector {self.layer}: the layer is never called", "a layer of the forward pass")
-        return caught[0].flatten(1)
+        return self._capture.one(images).flatten(1)
 
 
-def _load_weights(module: nn.Module, path: Path | str) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    if not Path(path).is_file():
-        raise GeomsslError(f"no such file: {path}", "a safetensors file", reason="no-file")
-    try:
-        module.load_state_dict(load_file(str(path)))
-    except (SafetensorError, RuntimeError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise GeomsslError(f"{path}: {said[:300]}", "a safetensors file with the model's own keys", reason="damaged") from None
+def _weights(module: nn.Module, path: Path | str | None, prefix: str, builtin: bool = False) -> dict[str, Any]:
+    """Load the weights where there are any, and what the provenance says of them."""
+    if path is None:
+        return {}
+    loaded = foreign.load(module, path, prefix, builtin)
+    return {"weights": Path(path).name, "weights_sha256": checkpoint.digest(path), "weights_loaded": str(loaded)}
 
 
 def _about(source: Source, how: Mapping[str, Any]) -> dict[str, Any]:

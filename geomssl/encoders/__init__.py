@@ -10,7 +10,7 @@ from geomssl.encoders.group_conv import GroupConv2d
 from geomssl.encoders.wrap import wrap
 from geomssl.registry import resolve
 
-__all__ = ["Encoder", "GroupConv2d", "Normalise", "build", "wrap"]
+__all__ = ["Encoder", "GroupConv2d", "Normalise", "build", "for_images", "wrap"]
 
 
 def build(name: str, in_channels: int = 3, **options: Any) -> Encoder:
@@ -23,3 +23,10 @@ def build(name: str, in_channels: int = 3, **options: Any) -> Encoder:
     chosen = resolve("encoder", name)
     named = {"name": name} if "name" in chosen.Config.model_fields else {}
     return chosen(in_channels, parse(chosen.Config, named | options, f"encoder {name}"))
+
+
+def for_images(config: Any, channels: int, size: int) -> Encoder:
+    """The encoder of those settings for images of that many channels and that side, which fills a `size` left open."""
+    if "size" in type(config).model_fields and config.size is None:
+        config = config.model_copy(update={"size": size})
+    return resolve("encoder", config.name)(channels, config)

@@ -43,7 +43,7 @@ class Family(Protocol):
 class Plain:
     """Ordinary convolution and BatchNorm; maps (N, C, H, W); h is the mean over space."""
 
-    group = None
+    group: Group | None = None
 
     def conv(self, before: int, after: int, kernel: int, stride: int = 1, padding: int = 0, lifting: bool = False) -> nn.Module:
         conv = nn.Conv2d(before, after, kernel, stride, padding, bias=False)
@@ -67,10 +67,11 @@ class Turning:
     """
 
     def __init__(self, group: Group) -> None:
-        self.group = group
+        self.turns = group
+        self.group: Group | None = group
 
     def conv(self, before: int, after: int, kernel: int, stride: int = 1, padding: int = 0, lifting: bool = False) -> nn.Module:
-        return GroupConv2d(before, after, kernel, self.group, lifting, stride, padding, bias=False)
+        return GroupConv2d(before, after, kernel, self.turns, lifting, stride, padding, bias=False)
 
     def norm(self, width: int) -> nn.Module:
         return nn.BatchNorm3d(width)

@@ -130,7 +130,8 @@ class Timm(Adapter):
         return model, tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
 
     def _width(self) -> int:
-        return int(getattr(self.model, "head_hidden_size", None) or self.model.num_features)
+        width: Any = getattr(self.model, "head_hidden_size", None) or self.model.num_features
+        return int(width)
 
     def _form(self, output: Any, images: Tensor) -> Form | None:
         if getattr(self.model, "output_fmt", None) == "NHWC" and isinstance(output, Tensor) and output.dim() == 4:
