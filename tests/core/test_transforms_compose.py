@@ -163,6 +163,16 @@ def test_inverse_and_pull():
         Compose([Rotate(), Hue()]).pull(grid, torch.zeros(1, 2), (5, 5))
 
 
+def test_a_batch_larger_than_the_cache_gives_every_image_its_own_parameters():
+    """200 images of 3x32x32 are worked on in three parts; each must come out as it does alone."""
+    images = torch.rand(200, 3, 32, 32, generator=generator(0, "images"))
+    drawn = policy("simclr")
+    params = drawn.sample(200, generator(0, "params"), (32, 32))
+    whole = drawn(images, params)
+    for i in (0, 84, 85, 86, 170, 199):
+        torch.testing.assert_close(drawn(images[i : i + 1], params[i : i + 1])[0], whole[i], rtol=0, atol=1e-6)
+
+
 def test_an_empty_compose_is_the_identity():
     images, nothing = picture(n=4), policy("none")
     params = nothing.sample(4, generator(0, "test"), (6, 6))
