@@ -109,7 +109,7 @@ class Resident(Source):
         return len(self.pixels)
 
     def images(self, indices: Tensor) -> Tensor:
-        return self.pixels[indices.to(self.pixels.device)]
+        return self.pixels.index_select(0, indices.to(self.pixels.device))
 
     def to(self, device: torch.device | str) -> Resident:
         moved = copy.copy(self)

@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import warnings
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from math import prod
@@ -30,6 +31,7 @@ from geomssl.errors import GeomsslError
 from geomssl.files import sync_folder
 
 FORMAT = 1
+AHEAD = 2  # a trainer announces the next batch before it asks for this one
 
 
 class Files(Source):
@@ -59,23 +61,26 @@ class Files(Source):
         self.device = torch.device("cpu")
         self._kept = Watch([cached.path])
         self._thread: ThreadPoolExecutor | None = None
-        self._ahead: tuple[Tensor, Future[Tensor]] | None = None
+        self._ahead: deque[tuple[Tensor, Future[Tensor]]] = deque(maxlen=AHEAD)
 
     def __len__(self) -> int:
         return len(self.pixels)
 
     def images(self, indices: Tensor) -> Tensor:
-        ahead, self._ahead = self._ahead, None
         indices = indices.cpu()
-        found = ahead[1].result() if ahead is not None and torch.equal(ahead[0], indices) else self._gather(indices)
+        gathered = next((future for wanted, future in self._ahead if torch.equal(wanted, indices)), None)
+        if gathered is not None:
+            while self._ahead.popleft()[1] is not gathered:
+                pass
+        found = self._gather(indices) if gathered is None else gathered.result()
         return found.to(self.device, non_blocking=True)
 
     def prefetch(self, indices: Tensor) -> None:
-        """Start to gather those images; at most one batch is ahead."""
+        """Start to gather those images; the last two batches that were announced are kept until they are asked for."""
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, thread_name_prefix="geomssl-prefetch")
         indices = indices.cpu()
-        self._ahead = indices, self._thread.submit(self._gather, indices)
+        self._ahead.append((indices, self._thread.submit(self._gather, indices)))
 
     def _gather(self, indices: Tensor) -> Tensor:
         room = torch.empty((len(indices), *self.pixels.shape[1:]), dtype=torch.uint8, pin_memory=self.device.type == "cuda")
@@ -83,7 +88,7 @@ class Files(Source):
 
     def to(self, device: torch.device | str) -> Files:
         moved = copy.copy(self)
-        moved.device, moved._thread, moved._ahead = torch.device(device), None, None
+        moved.device, moved._thread, moved._ahead = torch.device(device), None, deque(maxlen=AHEAD)
         return moved
 
     def check(self) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -315,15 +316,22 @@ def test_a_set_larger_than_memory_is_mapped(tmp_path):
 
 def test_prefetched_images_are_those_that_were_asked_for(tree, monkeypatch):
     resident, source = load(tree), on_disk(tree).to("cpu")
-    one, two = torch.tensor([3, 1, 2]), torch.tensor([4, 4])
-    source.prefetch(one)
-    assert torch.equal(source.images(two), resident.images(two))
-    assert torch.equal(source.images(one), resident.images(one))
-    source.prefetch(one)
-    source._thread.submit(int).result()
-    monkeypatch.setattr(source, "_gather", None)
-    assert torch.equal(source.images(one), resident.images(one))
-    resident.prefetch(one)
+    batches = [torch.tensor(rows) for rows in ([3, 1, 2], [4, 4], [7], [])]
+    real, gathered = Files._gather, []
+
+    def gather(self, indices):
+        gathered.append((indices.tolist(), threading.current_thread() is threading.main_thread()))
+        return real(self, indices)
+
+    monkeypatch.setattr(Files, "_gather", gather)
+    for batch, following in pairwise(batches):
+        source.prefetch(following)
+        assert torch.equal(source.images(batch), resident.images(batch))
+    assert sorted(gathered) == [([], False), ([3, 1, 2], True), ([4, 4], False), ([7], False)]
+    for batch in batches:
+        source.prefetch(batch)
+    assert torch.equal(source.images(batches[0]), resident.images(batches[0]))
+    resident.prefetch(batches[0])
 
 
 def test_watching_no_file_at_all():
