@@ -50,7 +50,7 @@ def _fixture(request: Any, record_property: Callable[[str, object], None]) -> Ca
         nonlocal calls
         calls += 1
         from geomssl.errors import GeomsslError
-        from geomssl.probes.equivariance import assert_equivariant
+        from geomssl.probes.equivariance import NotEquivariant, assert_equivariant
         from geomssl.transforms import named
 
         given = {key: value for key, value in {"transform": transform, "tolerance": tolerance}.items() if value is not None}
@@ -65,9 +65,8 @@ def _fixture(request: Any, record_property: Callable[[str, object], None]) -> Ca
         outcome, found = "pass", None
         try:
             found = assert_equivariant(model, named(wanted) if isinstance(wanted, str) else wanted, limit, **chosen)
-        except AssertionError as error:
-            found = getattr(error, "found", None)
-            outcome = "refused" if "cannot be asserted" in str(error) else "fail"
+        except NotEquivariant as error:
+            outcome, found = "fail" if error.judged else "refused", error.found
             raise
         except Exception:
             outcome = "error"

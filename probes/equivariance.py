@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -31,8 +31,8 @@ from geomssl.transforms.base import Transform
 from geomssl.transforms.groups import Translations
 
 __all__ = [
-    "Bounds", "DefectBounds", "EquivarianceError", "Options", "assert_equivariant", "elements", "equivariance_error",
-    "equivariance_errors", "label", "probe",
+    "Bounds", "DefectBounds", "EquivarianceError", "NotEquivariant", "Options", "Prepared", "assert_equivariant", "elements",
+    "equivariance_error", "equivariance_errors", "label", "prepare", "probe",
 ]
 
 Model = Callable[[Tensor], Tensor]
@@ -149,6 +149,14 @@ def _admit(n: int, model: Any, channels: int) -> None:
         raise GeomsslError(f"images of {channels} channels", f"{expected}, as the model", reason="bad-images")
 
 
+class NotEquivariant(AssertionError):
+    """What assert_equivariant raises. found: what was measured.  judged: False where nothing could be told from it."""
+
+    def __init__(self, said: str, found: EquivarianceError, judged: bool) -> None:
+        super().__init__(said)
+        self.found, self.judged = found, judged
+
+
 def assert_equivariant(
     model: Model,
     transform: Transform,
@@ -163,12 +171,12 @@ def assert_equivariant(
     seed: int = 0,
     **options: Any,
 ) -> EquivarianceError:
-    """Raise an AssertionError unless the upper bound of the defect is under `tolerance` for every element.
+    """Raise NotEquivariant, an AssertionError, unless the upper bound of the defect is under `tolerance` for every element.
 
     images: None draws n seeded ones in [0, 1], half coarse and half fine noise, of in_channels (the model's own, else 3) and
     size (the model's own, else 32), in the model's dtype. params: None stands for every element but the identity of a finite
     group, else 16 seeded draws. options: those of equivariance_error. Degenerate features, and pairs that resample without a
-    bound (see `reference`, or pass rendered images), are refused by an AssertionError too: nothing can be told from them.
+    bound (see `reference`, or pass rendered images), are refused by it too (judged = False): nothing can be told from them.
     Returns what was measured.
     """
     if images is None:
@@ -187,14 +195,15 @@ def assert_equivariant(
     ):
         if bool(bad.any()):
             where = ", ".join(name for name, is_bad in zip(names, bad.tolist(), strict=True) if is_bad)
-            raise AssertionError(f"equivariance under {transform.name} cannot be asserted at {where}: {why}")
+            said = f"equivariance under {transform.name} cannot be asserted at {where}: {why}"
+            raise NotEquivariant(said, found, judged=False)
     worst = int(found.bounds.high.argmax())
     low, high = float(found.bounds.low[worst]), float(found.bounds.high[worst])
     if not high < tolerance:
-        raise AssertionError(
+        raise NotEquivariant(
             f"not equivariant under {transform.name}: expected total error < {tolerance:g} at every element, found "
             f"{float(found.total[worst]):.3g} [{low:.3g}, {high:.3g}] at {names[worst]} (chance {CHANCE:.3g}, action size "
-            f"{float(found.action_size[worst]):.3g}, {found.n} images)"
+            f"{float(found.action_size[worst]):.3g}, {found.n} images)", found, judged=True
         )
     return found
 
@@ -248,38 +257,73 @@ class Options(subject.Options):
         return (value,) if isinstance(value, str) else value
 
 
-def probe(subject: subject.Subject, options: Options) -> Artifact:
-    """Equivariance error of an encoder's layers for every element of a transform, under a declared action of its features."""
+@dataclass(frozen=True)
+class Prepared:
+    """A measurement that has only to be run: what the options make of a subject. reasons: why each layer has its action."""
+
+    reader: Reader
+    inputs: Inputs
+    transform: Transform
+    params: Tensor
+    actions: list[Action]
+    reasons: list[str]
+    boundary: Boundary
+    clusters: Tensor | None
+    indices: Tensor | None
+    settings: Settings
+    remarks: list[str]
+
+    def run(self, reader: Reader | None = None, **changes: Any) -> tuple[list[EquivarianceError], list[str]]:
+        """Every layer, and remarks on r; or what another reader gives in its place. changes: of the settings."""
+        return judge(
+            reader or self.reader, self.inputs, self.transform, self.params, self.actions, self.boundary, self.clusters,
+            replace(self.settings, **changes),
+        )
+
+
+def prepare(subject: subject.Subject, options: Options) -> Prepared:
+    """Inputs, elements, layers and their actions. Call it, and run what it gives, in eval mode and without gradients."""
     transform, grid = spoken(options.transform)
     transform = on_the_torus(transform) if options.boundary == "circular" else transform
     inputs, clusters, indices = _inputs(subject, options, transform)
-    size = inputs.size
-    params = elements(transform, size, options.draws, options.seed, options.step) if grid is None else grid
+    params = elements(transform, inputs.size, options.draws, options.seed, options.step) if grid is None else grid
     settings = Settings(
         options.level, options.resamples, options.seed, subject.batch_size, options.share, subject.memory, options.references
     )
+    reader, remarks = read(subject.encoder, options.layer, inputs.of(slice(0, 1)))
+    if options.action in ("regular", "spatial") and not any(layer.maps for layer in reader.layers):
+        raise GeomsslError(
+            f"the {options.action} action on {reader.layers[0].name}, a vector", "action trivial, or layer fibres",
+            reason="no-action",
+        )
+    chosen = load_attribute(options.action, "action") if ":" in options.action else options.action
+    declared = [declare(chosen, transform, layer, getattr(subject.encoder, "group", None)) for layer in reader.layers]
+    return Prepared(
+        reader, inputs, transform, params, [act for act, _ in declared], list(dict.fromkeys(why for _, why in declared)),
+        options.boundary, clusters, indices, settings, remarks,
+    )
+
+
+def probe(subject: subject.Subject, options: Options) -> Artifact:
+    """Equivariance error of an encoder's layers for every element of a transform, under a declared action of its features."""
     with evaluating(subject.encoder), torch.no_grad():
-        reader, remarks = read(subject.encoder, options.layer, inputs.of(slice(0, 1)))
-        if options.action in ("regular", "spatial") and not any(layer.maps for layer in reader.layers):
-            raise GeomsslError(
-                f"the {options.action} action on {reader.layers[0].name}, a vector", "action trivial, or layer fibres",
-                reason="no-action",
+        ready = prepare(subject, options)
+        found, unknown = ready.run()
+        swept = None
+        if options.sweep:
+            swept = _sweep(
+                subject, options, ready.reader, ready.transform, ready.params, ready.actions, ready.settings
             )
-        chosen = load_attribute(options.action, "action") if ":" in options.action else options.action
-        group = getattr(subject.encoder, "group", None)
-        declared = [declare(chosen, transform, layer, group) for layer in reader.layers]
-        actions = [act for act, _ in declared]
-        found, unknown = judge(reader, inputs, transform, params, actions, options.boundary, clusters, settings)
-        swept = _sweep(subject, options, reader, transform, params, actions, settings) if options.sweep else None
+    layers, inputs = ready.reader.layers, ready.inputs
     told = Account(
-        transform, params.cpu(), labels(transform, params), reader.layers, actions, list(dict.fromkeys(w for _, w in declared)),
-        found, inputs, options.boundary, options.level, options.share, [*remarks, *unknown], swept, subject.dtype,
+        ready.transform, ready.params.cpu(), labels(ready.transform, ready.params), layers, ready.actions, ready.reasons,
+        found, inputs, options.boundary, options.level, options.share, [*ready.remarks, *unknown], swept, subject.dtype,
     )
     provenance = {
-        **subject.provenance, "action": ", ".join(dict.fromkeys(act.name for act in actions)), "transform": options.transform,
-        "images": inputs.name, "n": inputs.n, "layers": [layer.name for layer in reader.layers],
+        **subject.provenance, "action": ", ".join(dict.fromkeys(act.name for act in ready.actions)),
+        "transform": options.transform, "images": inputs.name, "n": inputs.n, "layers": [layer.name for layer in layers],
     }
-    if indices is None:
+    if ready.indices is None:
         provenance["images_sha256"] = None
     return account(told, options.model_dump(mode="json"), provenance)
 
