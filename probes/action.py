@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,11 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
-from geomssl.encoders.geometry import geometry
 from geomssl.errors import GeomsslError
 from geomssl.probes import subject
 from geomssl.probes.assurance import METHOD
-from geomssl.probes.elements import doing, elements, labels
+from geomssl.probes.elements import doing, elements, labels, spoken
 from geomssl.probes.fitted import (
     FittedAction,
     FittedActions,
@@ -29,8 +29,8 @@ from geomssl.probes.fitted import (
     permutation_distance,
 )
 from geomssl.probes.irreps import Part, decompose, irreps
-from geomssl.transforms import named
-from geomssl.transforms.actions import action
+from geomssl.probes.layers import declare, read
+from geomssl.transforms.actions import Action
 from geomssl.transforms.base import Group, Transform
 
 __all__ = ["FittedAction", "FittedActions", "Options", "fit_action", "probe"]
@@ -44,10 +44,10 @@ class Options(subject.Options):
     """Settings of the action probe."""
 
     n: int | None = Field(1000, description="images to use")
-    transform: str = Field("c4", description="the transform: c4, d4, flips, translations, rotate, a policy, ...")
-    layer: Literal["fibres", "h", "z"] = Field("fibres", description="which features: fibres, the vector h, or projections z")
+    transform: str = Field("c4", description='the transform: c4, d4, flips, translations, "rotate(±30)", a policy, ...')
+    layer: str = Field("fibres", description="which features: fibres, the vector h, projections z, or the name of a layer")
     space: Literal["mean", "keep"] = Field(
-        "mean", description="fibres: average over places, so that channels and orientations remain, or keep every place"
+        "mean", description="maps: average over places, so that channels and orientations remain, or keep every place"
     )
     method: Method = Field("low-rank", description="low-rank least squares, or the best map that keeps lengths")
     rank: int | None = Field(None, ge=1, description="directions to use  [default: chosen within the training pairs]")
@@ -62,17 +62,14 @@ class Options(subject.Options):
 def probe(subject: subject.Subject, options: Options) -> Artifact:
     """Fit one affine action for every element of a transform, judge it on held-out images, and say which action it is."""
     subject.need(8, "a fitted action")
-    transform, size = named(options.transform), (subject.source.size,) * 2
-    params = elements(transform, size, options.draws, options.seed)
+    size = (subject.source.size,) * 2
+    transform, grid = spoken(options.transform)
+    params = elements(transform, size, options.draws, options.seed) if grid is None else grid
     names = labels(transform, params)
-    clean, moved, shape = _features(subject, options, transform, params)
+    clean, moved, shape, held_to = _features(subject, options, transform, params)
     fitter = Fitter(clean, options.held_out, options.seed, options.nulls, options.level, options.resamples)
     fits = [fitter.fit(one, options.method, options.rank, options.ridge) for one in moved]
-    declared = _declared(subject.encoder, options, transform)
-    placed = None
-    if declared == "spatial":
-        placed = geometry(subject.encoder.fibres, subject.images(subject.choose(options)[:1]))
-    wanted = [matrix_of(action(declared, transform, placed), row[None].double(), shape, size) for row in params]
+    declared, wanted = held_to.name, [matrix_of(held_to, row[None].double(), shape, size) for row in params]
     rows: dict[str, list[Any]] = {
         "element": names, "r2_held_out": [f.r2_held_out for f in fits], "low": [_plain(f.interval.low) for f in fits],
         "high": [_plain(f.interval.high) for f in fits], "r2_train": [f.r2_train for f in fits],
@@ -116,42 +113,36 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
 
 def _features(
     subject: subject.Subject, options: Options, transform: Transform, params: Tensor
-) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """f(x) (n, d), f(T_g x) (E, n, d), and the shape of one image's features before they were flattened."""
+) -> tuple[Tensor, Tensor, tuple[int, ...], Action]:
+    """f(x) (n, d), f(T_g x) (E, n, d), the shape of one image's features before they were flattened, and the action that
+    such features would be held to.
+    """
     projector = subject.need_projector("features z") if options.layer == "z" else None
     indices = subject.choose(options)
-    clean, moved = [], []
-    shape: tuple[int, ...] = ()
+    reader, _ = read(subject.encoder, ["h" if projector is not None else options.layer], subject.images(indices[:1]))
+    layer = reader.layers[0]
+    averages = layer.maps and options.space == "mean"
 
     def f(images: Tensor) -> Tensor:
-        if options.layer != "fibres":
-            h = subject.encoder(images)
-            return h if projector is None else projector(h)
-        fibres = subject.encoder.fibres(images)
-        return fibres.mean(dim=(3, 4), keepdim=True) if options.space == "mean" else fibres
+        found = reader.features(images)[0]
+        if projector is not None:
+            return projector(found)
+        return found.mean(dim=(-2, -1), keepdim=True) if averages else found
 
     with torch.no_grad():
+        shape = tuple(f(subject.images(indices[:1])).shape[1:])
+        if math.prod(shape) > WIDEST:
+            raise GeomsslError(
+                f"features of {math.prod(shape)} numbers, {shape}", f"at most {WIDEST}: --space mean, or layer h",
+                reason="too-wide",
+            )
+        clean, moved = [], []
         for _, images in subject.batches(indices, "fitted action"):
-            found = f(images)
-            shape = tuple(found.shape[1:])
-            if math.prod(shape) > WIDEST:
-                raise GeomsslError(
-                    f"features of {math.prod(shape)} numbers, {shape}", f"at most {WIDEST}: --space mean, or layer h",
-                    reason="too-wide",
-                )
-            clean.append(found.flatten(1).cpu())
+            clean.append(f(images).flatten(1).cpu())
             rows = params.to(images.device)
             moved.append(torch.stack([f(transform(images, g.expand(len(images), -1))).flatten(1).cpu() for g in rows]))
-    return torch.cat(clean), torch.cat(moved, dim=1), shape
-
-
-def _declared(encoder: Any, options: Options, transform: Transform) -> str:
-    """The action that the features would be held to: regular for the encoder's own group, spatial for maps, else trivial."""
-    if options.layer != "fibres":
-        return "trivial"
-    if getattr(encoder, "group", None) == transform:
-        return "regular"
-    return "spatial" if options.space == "keep" else "trivial"
+    held_to, _ = declare("auto", transform, replace(layer, shape=shape), getattr(subject.encoder, "group", None))
+    return torch.cat(clean), torch.cat(moved, dim=1), shape, held_to
 
 
 def _offset(fit: FittedAction, moved: Tensor) -> float:
@@ -285,7 +276,7 @@ def _metrics(
 def _headline(rows: dict[str, list[Any]], transform: Transform, layer: str, declared: str) -> str:
     worst = min(range(len(rows["element"])), key=lambda i: rows["r2_held_out"][i])
     r2, low, identity, null = (rows[key][worst] for key in ("r2_held_out", "low", "r2_identity", "null_most"))
-    features = {"fibres": "fibres", "h": "vectors h", "z": "projections z"}[layer]
+    features = {"fibres": "fibres", "h": "vectors h", "z": "projections z"}.get(layer, f"features of {layer}")
     found = f"{r2:.4g} of the variance at {rows['element'][worst]}, the worst element (identity {identity:.2g})"
     low = -math.inf if low is None else low
     if not low > max(0.0, null):
@@ -303,9 +294,9 @@ def _notes(
     size = (subject.source.size,) * 2
     worst = min(fits, key=lambda f: f.r2_held_out)
     notes = [fits[0].warning] if fits[0].warning else []
-    if options.layer == "fibres":
+    if len(shape) > 1:
         kept = "averaged over places" if options.space == "mean" else "with every place kept"
-        notes.append(f"Fibres {shape}, {kept} and flattened to d = {fits[0].d}; the declared action of these is {declared}.")
+        notes.append(f"Maps {shape}, {kept} and flattened to d = {fits[0].d}; the declared action of these is {declared}.")
     if worst.r2_identity > worst.r2_held_out - 0.01 and worst.r2_held_out > 0.5:
         notes.append("The identity explains as much: the features hardly move, and an action exists trivially.")
     if options.method == "low-rank" and options.rank is None:

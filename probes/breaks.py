@@ -27,7 +27,7 @@ def moves(transform: Transform) -> tuple[Move, ...]:
 
 @dataclass(frozen=True)
 class Break:
-    """Why a call must break a move: cause ("grid", "filters", "padding", "stride", "places", "unread"), and part of a sentence."""
+    """Why a call must break a move: cause (grid, filters, padding, stride, places or unread), and part of a sentence."""
 
     cause: str
     words: str

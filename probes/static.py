@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -27,7 +27,7 @@ GRIDS = {
 }
 NONLINEAR = {
     "relu", "relu_", "gelu", "silu", "leaky_relu", "elu", "selu", "celu", "tanh", "sigmoid", "hardtanh", "relu6", "hardswish",
-    "hardsigmoid", "softplus", "mish", "prelu", "softsign", "logsigmoid",
+    "hardsigmoid", "softplus", "mish", "softsign", "logsigmoid",
 }
 # Where a tensor that does not come from the image can enter and mark places.
 MIXING = {"add", "add_", "sub", "mul", "mul_", "cat", "concat", "concatenate"}
@@ -122,13 +122,15 @@ class Watch(TorchFunctionMode):
 def read(features: Callable[[Tensor], Any], images: Tensor, module: nn.Module) -> list[Call]:
     """Follow one pass features(images) of a module, in eval mode: its grid calls, nonlinearities, positions and unread calls.
 
-    images (n, C, H, W); two will do. Pure data comes back: nothing of the module is kept or changed.
+    images (n, C, H, W); two will do. Only calls that the features come from are given. Pure data comes back: nothing of the
+    module is kept or changed.
     """
     with _where(module) as places:
         reader = _Reader(images, places)
         with reader:
-            features(images)
-    return reader.calls
+            output = features(images)
+    came = reader.family(_tensors(output))
+    return [call for call in reader.calls if call.number in came]
 
 
 @contextmanager
@@ -148,7 +150,7 @@ def _where(module: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
 
 
 class _Reader(Watch):
-    """Records calls. A tensor that comes from the image is known by its address: its grid call, its reach, its padding."""
+    """Records calls. A tensor that comes from the image is known by its address: its grid call, its reach, all its calls."""
 
     def __init__(self, images: Tensor, places: list[tuple[str, nn.Module]]) -> None:
         super().__init__()
@@ -156,6 +158,7 @@ class _Reader(Watch):
         self.places = places
         # Tensors are kept so that no address is used twice.
         self.known: dict[int, tuple[Tensor, int | None, tuple[float, float]]] = {id(images): (images, None, (1.0, 1.0))}
+        self.families: dict[int, frozenset[int]] = {}
         self.padded: dict[int, Call] = {}
         self.flat: dict[int, Size] = {}
 
@@ -168,19 +171,18 @@ class _Reader(Watch):
         output = func(*args, **kwargs)
         _, source, reach = self.known[id(given[0])]
         made = Call(
-            self.number, self.places[-1][0], name, GRIDS.get(name, name), _size(sizes[0]), _size(output.shape[-2:])
-            if output.dim() > 1 else (1, 1), source=source, reach=reach, operand=found,
+            self.number, self.places[-1][0], name, GRIDS.get(name, name), _size(sizes[0]),
+            _size(next(_tensors(output)).shape[-2:]), source=source, reach=reach, operand=found,
         )
         if name in GRIDS and given[0].dim() in (3, 4):
-            first = output[0] if isinstance(output, tuple) else output
-            made = self._read_grid(replace(made, size_out=_size(first.shape[-2:])), given[0], args, kwargs)
+            made = self._read_grid(made, given[0], args, kwargs)
             self.calls.append(made)
             step = _step(made)
-            self._remember(output, made.number, (reach[0] * step[0], reach[1] * step[1]))
+            self._remember(output, made.number, (reach[0] * step[0], reach[1] * step[1]), self.family(given) | {made.number})
             return output
         if name == "pad" and given[0].dim() == 4:
             made = _read_pad(made, args, kwargs)
-            self._remember(output, source, reach)
+            self._remember(output, source, reach, self.family(given))
             self.padded[id(output)] = made
             return output
         if found is not None:
@@ -189,8 +191,12 @@ class _Reader(Watch):
             self.calls.append(replace(made, what="linear over places", size_in=self.flat[id(given[0])], size_out=(1, 1)))
         elif name in NONLINEAR and given[0].dim() >= 4 and min(sizes[0]) >= 4:
             self.calls.append(made)
-        self._pass_on(given, output, source, reach)
+        self._pass_on(given, output, source, reach, made.number)
         return output
+
+    def family(self, tensors: Iterable[Tensor]) -> frozenset[int]:
+        """The numbers of all calls that those tensors come from."""
+        return frozenset[int]().union(*(self.families.get(id(t), frozenset()) for t in tensors))
 
     def other(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         given = [t for t in _tensors((args, kwargs)) if id(t) in self.known]
@@ -199,29 +205,38 @@ class _Reader(Watch):
         if not given:
             return output
         _, source, reach = self.known[id(given[0])]
+        unread = None
         for tensor in _tensors(output):
             maps = given[0].dim() >= 4 and tensor.dim() >= 4
             if maps and name not in LAYOUT and tuple(tensor.shape[-2:]) != before[0][-2:]:
+                unread = -1 - len(self.calls)  # not counted among the watched ones
                 self.calls.append(Call(
-                    self.number, self.places[-1][0], name, "unread", _size(before[0][-2:]), _size(tensor.shape[-2:]),
+                    unread, self.places[-1][0], name, "unread", _size(before[0][-2:]), _size(tensor.shape[-2:]),
                     source=source, reach=reach,
                 ))
             rows = given[0].dim() >= 4 and tensor.dim() == 2 and tensor.shape[1] == math.prod(before[0][1:])
             if name in LAYOUT and rows and math.prod(before[0][-2:]) > 1:
                 self.flat[id(tensor)] = _size(before[0][-2:])
-        self._pass_on(given, output, source, reach)
+        self._pass_on(given, output, source, reach, unread)
         return output
 
-    def _pass_on(self, given: list[Tensor], output: Any, source: int | None, reach: tuple[float, float]) -> None:
+    def _pass_on(
+        self, given: list[Tensor], output: Any, source: int | None, reach: tuple[float, float], number: int | None
+    ) -> None:
+        family = self.family(given) | (frozenset() if number is None else {number})
         for tensor in _tensors(output):
             if id(tensor) not in self.known:
-                self._remember(tensor, source, reach)
+                self._remember(tensor, source, reach, family)
+            self.families[id(tensor)] = family | self.families.get(id(tensor), frozenset())
             if id(given[0]) in self.flat and tensor.shape == given[0].shape:
                 self.flat[id(tensor)] = self.flat[id(given[0])]
 
-    def _remember(self, output: Any, source: int | None, reach: tuple[float, float]) -> None:
+    def _remember(
+        self, output: Any, source: int | None, reach: tuple[float, float], family: frozenset[int]
+    ) -> None:
         for tensor in _tensors(output):
             self.known[id(tensor)] = (tensor, source, reach)
+            self.families[id(tensor)] = family
 
     def _read_grid(self, made: Call, entered: Tensor, args: Any, kwargs: Any) -> Call:
         pad = self.padded.get(id(entered))

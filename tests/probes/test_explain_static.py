@@ -255,6 +255,12 @@ def test_residual_branches_read_their_own_inputs():
     assert sizes(calls, "90°") == ("H ≡ 1 mod 4", 17)
 
 
+def test_only_calls_that_the_features_come_from_are_told():
+    net = Down()
+    early = lambda x: (net.layer1(net.stem(x).relu_()), net(x))[0]  # noqa: E731
+    assert [c.layer for c in read(early, noise(2, 1, 16), net)] == ["stem", "", "layer1"]
+
+
 def test_the_moves_of_transforms():
     assert moves(C4) == moves(CyclicRotations(8)) == ("90°",)
     assert moves(CyclicRotations(2)) == ("180°",)

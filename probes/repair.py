@@ -1,0 +1,211 @@
+"""Counterfactual repairs: one call of a pass replaced by its better-behaved twin, every weight kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from geomssl.errors import GeomsslError
+from geomssl.probes.aliasing import at_stride_one
+from geomssl.probes.breaks import Break, breaks
+from geomssl.probes.static import Call, Move, Watch, named_arguments
+
+# The largest stride that is repaired: at stride 1 a call costs its square.
+LARGEST = 4
+
+
+@dataclass(frozen=True)
+class Repair:
+    """A replacement of the call of that number: `run(func, args, kwargs)` gives an output of the same shape.
+
+    what: in words ("circular padding"). cause: what it takes away ("padding", "stride", "pooling" or "places").
+    """
+
+    call: Call
+    what: str
+    cause: str
+    run: Callable[[Any, Any, Any], Any]
+    number: int
+    name: str
+
+
+def repaired(features: Callable[[Tensor], Any], repair: Repair) -> Callable[[Tensor], Any]:
+    """The same function with one call replaced, in every pass. The module is not touched: the call is met on its way.
+
+    Raises GeomsslError where a pass does not come by that call (its way depends on the values).
+    """
+
+    def f(images: Tensor) -> Any:
+        swap = _Swap(repair)
+        with swap:
+            output = features(images)
+        if not swap.met:
+            raise GeomsslError(
+                f"a pass that does not come by {repair.call.layer or repair.call.what} again", "a module whose calls do not "
+                "depend on the values", reason="not-static",
+            )
+        return output
+
+    return f
+
+
+class _Swap(Watch):
+    def __init__(self, repair: Repair) -> None:
+        super().__init__()
+        self.repair, self.met = repair, False
+
+    def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        if self.number != self.repair.number or name != self.repair.name:
+            return func(*args, **kwargs)
+        self.met = True
+        return self.repair.run(func, args, kwargs)
+
+
+def repairs(call: Call, asked: Sequence[Move]) -> tuple[list[Repair], str]:
+    """The repairs of one call that could take a cause away under those moves, and why there is none (or not this one).
+
+    No moves stands for transforms that resample: then padding at the border and aliasing before a stride are the causes.
+    """
+    found = [b for move in asked for b in breaks(call, move)]
+    if call.what == "position":
+        return [_of(call, "the same at all places (its mean)", "places", lambda *a: _level(call, *a))], ""
+    if not call.grid:
+        return [], found[0].words + ": no repair of padding, stride or pooling touches it" if found else ""
+    made: list[Repair] = []
+    why = [_because(call, b) for b in found if b.cause not in ("padding", "stride", "grid")]
+    shift = "shift" in asked
+    padded = max(*call.before, *call.after) > 0 and call.mode in ("zeros", "lowest", "constant")
+    if padded and (shift or not asked):
+        made += _padding(call, "circular" if shift else "reflect")
+    if any(b.cause == "padding" for b in found) and not made:
+        why.append("no padding to swap: " + next(b.words for b in found if b.cause == "padding"))
+    skips = max(call.down) > 1
+    off_grid = any(b.cause == "grid" for b in found) and not shift
+    if skips and (shift or not asked or off_grid):
+        some, said = _strides(call, off_grid, "circular" if shift else "reflect")
+        made += some
+        why += [said] if said else []
+    elif off_grid:
+        why.append("its stride is 1: uneven padding or a window of two shapes is not swapped")
+    return made, "; ".join(dict.fromkeys(why))
+
+
+def _because(call: Call, found: Break) -> str:
+    if found.cause == "filters":
+        return "other filters would be other weights"
+    return found.words
+
+
+def _of(call: Call, what: str, cause: str, run: Callable[[Any, Any, Any], Any], at_pad: bool = False) -> Repair:
+    if at_pad and call.padded_by is not None:
+        return Repair(call, what, cause, run, call.padded_by, "pad")
+    return Repair(call, what, cause, run, call.number, call.name)
+
+
+def _padding(call: Call, mode: str) -> list[Repair]:
+    if max(*call.before, *call.after) > min(call.size_in) - (mode == "reflect"):
+        return []
+    pads = (call.before[1], call.after[1], call.before[0], call.after[0])
+
+    def run(func: Any, args: Any, kwargs: Any) -> Any:
+        if call.padded_by is not None:
+            return F.pad(named_arguments("pad", args, kwargs)["input"], pads, mode=mode)
+        given = named_arguments(call.name, args, kwargs)
+        given["input"] = F.pad(given["input"], pads, mode=mode)
+        return func(**{**given, "padding": 0})
+
+    return [_of(call, f"{mode} padding", "padding", run, at_pad=True)] if call.name != "conv_transpose2d" else []
+
+
+def _strides(call: Call, off_grid: bool, mode: str) -> tuple[list[Repair], str]:
+    if call.name in ("conv_transpose2d", "interpolate"):
+        return [], "an enlargement is not repaired"
+    if max(call.down) > LARGEST:
+        return [], f"stride {max(call.down)}: at stride 1 it would cost {max(call.down) ** 2} times as much"
+    if call.adaptive:
+        return [], "an adaptive pool is an average already" if "avg" in call.name else "an adaptive max-pool is not repaired"
+    pool = "pool" in call.name
+    cause = "pooling" if pool else "stride"
+    named = {"conv2d": "", "avg_pool2d": "average "}.get(call.name, "max ")
+
+    def pooled(func: Any, args: Any, kwargs: Any) -> Any:
+        return F.adaptive_avg_pool2d(_dense(call, func, args, kwargs), call_size(call, args, kwargs))
+
+    def blurred(func: Any, args: Any, kwargs: Any) -> Any:
+        rows, columns = call_size(call, args, kwargs)
+        thin = blur(_dense(call, func, args, kwargs), call.down, mode)[..., :: call.down[0], :: call.down[1]]
+        return thin[..., :rows, :columns]
+
+    def averaged(func: Any, args: Any, kwargs: Any) -> Any:
+        given = named_arguments(call.name, args, kwargs)
+        kernel, stride = given["kernel_size"], given["stride"] or given["kernel_size"]
+        return F.avg_pool2d(given["input"], kernel, stride, given["padding"], given["ceil_mode"])
+
+    if off_grid:
+        return [_of(call, f"{named}at stride 1, then pooled evenly", cause, pooled)], ""
+    made = [_of(call, f"{named}at stride 1, then blurred", cause, blurred)]
+    if call.name.startswith("max") and call.dilation == (1, 1):
+        made.append(_of(call, "average instead of max", cause, averaged))
+    return made, ""
+
+
+def call_size(call: Call, args: Any, kwargs: Any) -> tuple[int, int]:
+    """The size that the call gives, once it is sure that maps of the size that was read come by."""
+    n = named_arguments(call.name, args, kwargs)["input"].shape[-2:]
+    if tuple(n) != _entered(call):
+        raise GeomsslError(f"a {call.what} on {tuple(n)}", f"{_entered(call)}, as when it was read", reason="not-static")
+    return call.size_out
+
+
+def _entered(call: Call) -> tuple[int, int]:
+    """The size that enters the call itself, which a separate padding has enlarged."""
+    if call.padded_by is None:
+        return call.size_in
+    return call.size_in[0] + call.before[0] + call.after[0], call.size_in[1] + call.before[1] + call.after[1]
+
+
+def _dense(call: Call, func: Any, args: Any, kwargs: Any) -> Tensor:
+    found = at_stride_one(call.name, func, args, kwargs)
+    assert found is not None, call
+    return found
+
+
+def blur(maps: Tensor, down: Sequence[int], mode: str) -> Tensor:
+    """Maps low-passed by binomial filters of 2 s - 1 taps along each axis of stride s, as [1, 2, 1] / 4 for 2 (Zhang 2019)."""
+    for axis, s in ((-2, down[0]), (-1, down[1])):
+        if s == 1:
+            continue
+        taps = torch.ones(1, dtype=maps.dtype, device=maps.device)
+        for _ in range(2 * s - 2):
+            taps = F.conv1d(taps[None, None], maps.new_ones(1, 1, 2), padding=1)[0, 0]
+        taps = taps / taps.sum()
+        room = s - 1
+        pads = (0, 0, room, room) if axis == -2 else (room, room, 0, 0)
+        wrapped = F.pad(maps, pads, mode=mode if room < maps.shape[axis] else "replicate")
+        kernel = taps.view(1, 1, -1, 1) if axis == -2 else taps.view(1, 1, 1, -1)
+        maps = F.conv2d(wrapped, kernel.expand(maps.shape[1], 1, *kernel.shape[2:]), groups=maps.shape[1])
+    return maps
+
+
+def _level(call: Call, func: Any, args: Any, kwargs: Any) -> Any:
+    """The mixing call with the operand that knows places replaced by its mean over them."""
+    listed = call.name.startswith(("cat", "conc"))
+    operands = list(args[0]) if listed else list(args)
+    which = call.operand or 0
+    operands[which] = _mean_over_places(operands[which], maps=next(a for i, a in enumerate(operands) if i != which).dim() >= 4)
+    return func(operands, *args[1:], **kwargs) if listed else func(*operands, **kwargs)
+
+
+def _mean_over_places(marks: Tensor, maps: bool) -> Tensor:
+    if maps:
+        return marks.mean(dim=(-2, -1), keepdim=True).expand_as(marks).contiguous()
+    tokens = marks.shape[-2]
+    side = int(tokens**0.5)
+    apart = tokens - side * side
+    level = marks[..., apart:, :].mean(dim=-2, keepdim=True).expand(*marks.shape[:-2], side * side, marks.shape[-1])
+    return torch.cat([marks[..., :apart, :], level], dim=-2)
