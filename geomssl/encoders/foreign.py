@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import zipfile
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,25 +152,32 @@ def _read_safetensors(path: Path) -> Any:
 
 def _read_torch(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # what it warns of (the protocol of the pickle) is refused below or does not matter
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        named = re.search(r"GLOBAL (\S+)|Unsupported (?:class|global)[^ ]* (\S+)", str(error))
-        if not zipfile.is_zipfile(path) and named is None:
+        named = re.search(r"GLOBAL (\S+)", str(error))
+        # a pickle of a newer protocol than torch writes is refused at an operand, before any name is read
+        if named is None and not (_head(path)[:1] == b"\x80" and "Unsupported operand" in str(error)):
             raise _damaged(path) from None
-        found = f" ({next(g for g in named.groups() if g)})" if named else ""
         raise GeomsslError(
-            f"{path} holds a pickled object{found}, which was not executed",
+            f"{path} holds a pickled object{f' ({named[1]})' if named else ''}, which was not executed",
             "tensors and plain types only, such as its state dict saved alone", reason="pickled-object",
         ) from None
-    except (RuntimeError, OSError, EOFError, ValueError, KeyError, IndexError, AttributeError, zipfile.BadZipFile):
+    except Exception:
+        # what a file cut at any byte raises in torch's readers is of many kinds
         raise _damaged(path) from None
 
 
 def _damaged(path: Path) -> GeomsslError:
-    with open(path, "rb") as file:
-        head = file.read(2)
-    said = "is cut short or damaged" if head in (b"PK", b"\x80\x02") else "is no file of weights"
+    said = "is cut short or damaged" if _head(path) in (b"PK", b"\x80\x02") else "is no file of weights"
     return GeomsslError(f"{path} {said}", "a whole .safetensors, or a .pt, .pth or .ckpt of torch", reason="damaged")
+
+
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(2)
 
 
 def _tensors(found: Any) -> dict[str, Tensor]:
