@@ -85,12 +85,12 @@ def read(encoder: nn.Module, wanted: Sequence[str], image: Tensor) -> tuple[Read
         return {**seen, **output}
 
     outputs, follower = follow(run, image)
-    named = {name for name in wanted if name in outputs} | {p for p in patterns if p in modules}
+    named = {name for name in wanted if name in BUILTIN} | {p for p in patterns if p in modules}
     size: Size = (image.shape[2], image.shape[3])
     layers: list[Layer] = []
     left: list[str] = []
     seen: set[Any] = set()
-    for name in sorted([*builtin, *modules], key=lambda n: (n not in BUILTIN, n.count("."))):
+    for name in sorted([*modules, *builtin], key=lambda n: (n in BUILTIN, n.count("."))):
         output = outputs.get(name)
         found = form(output, len(image), size, [grid for grid, _ in follower.grids])
         if found is None:
@@ -98,10 +98,13 @@ def read(encoder: nn.Module, wanted: Sequence[str], image: Tensor) -> tuple[Read
                 raise _refusal(root, name, output)
             left.append(name)
             continue
-        same = (output.data_ptr(), output.numel(), found.kind)
-        if same in seen and name not in named:
+        place = None if found.grid in (None, (1, 1)) else found.grid
+        same = {(output.data_ptr(), output.numel(), place)}
+        if name == "h" and _equal(output, outputs.get("fibres")):
+            same.add((outputs["fibres"].data_ptr(), output.numel(), None))
+        if same & seen and name not in named:
             continue
-        seen.add(same)
+        seen |= same
         layers += _split(name, output, found, follower, size)
     order = {name: index for index, name in enumerate([*modules, *builtin])}
     layers.sort(key=lambda layer: order[layer.source])
@@ -118,6 +121,11 @@ def read(encoder: nn.Module, wanted: Sequence[str], image: Tensor) -> tuple[Read
         return [layer.of(given[layer.source]) for layer in layers]
 
     return Reader(features, layers), remarks
+
+
+def _equal(h: Tensor, fibres: Any) -> bool:
+    """Are the fibres nothing but h, one vector at one place?"""
+    return isinstance(fibres, Tensor) and fibres.numel() == h.numel() and torch.equal(fibres.flatten(), h.flatten())
 
 
 def _modules(root: nn.Module, patterns: Sequence[str]) -> list[str]:

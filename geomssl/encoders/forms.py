@@ -32,7 +32,7 @@ class Form:
         if self.kind == "channels-last":
             return output.movedim(-1, 1)
         if self.kind == "tokens":
-            return output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)  # type: ignore[arg-type]
+            return output[:, self.prefix :].transpose(1, 2).unflatten(2, self.grid)
         return output.flatten(1) if self.kind == "vector" else output
 
     def apart(self, output: Tensor) -> Tensor:

@@ -73,7 +73,7 @@ def action(
     if isinstance(declared, Action):
         return declared
     if callable(declared):
-        return FunctionAction(declared, transform)
+        return FunctionAction(declared, transform, bool(getattr(declared, "permutes", False)))
     if declared not in ACTIONS:
         raise unknown("action", declared, ACTIONS)
     if declared == "regular" and isinstance(transform, Translations):
@@ -290,6 +290,7 @@ class FunctionAction(Action):
 
     permutes: say True where Γ_g only permutes (or changes the sign of) entries of the features whenever T_g permutes
     pixels; then a difference counts as the model's and a verdict may rest on it. Otherwise only the identity is exact.
+    (`action` reads it from the function's own attribute `permutes`.)
     """
 
     def __init__(self, function: ActionFunction, transform: Transform, permutes: bool = False) -> None:
