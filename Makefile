@@ -12,7 +12,7 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
 
-# The comparison with torchvision, whose wheel needs an environment of its own.
+# torchvision and timm: the comparison of the transforms and the adapters, in an environment of its own.
 test-zoo: .venv-zoo/.ready
 	.venv-zoo/bin/python -m pytest -m zoo tests/zoo
 
@@ -38,6 +38,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-zoo || { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv-zoo; }
 	.venv-zoo/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable '.[test]'
 	.venv-zoo/bin/python -m pip --disable-pip-version-check install --quiet --no-deps torchvision==0.28.0
+	.venv-zoo/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt timm
 	@touch $@
 
 .venv-bench/.ready: pyproject.toml constraints.txt
