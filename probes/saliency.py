@@ -1,25 +1,36 @@
-"""saliency: FullGrad maps of the class that a linear classifier reads from the features, with what they leave out."""
+"""saliency: maps of the class that a linear classifier reads from the features, by FullGrad or another method, and how true."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
-from geomssl.probes import checks, pictures, subject
-from geomssl.probes.assurance import bootstrap_mean
+from geomssl.probes import attribution, checks, pictures, subject
+from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio
 from geomssl.probes.fullgrad import FullGradient, fullgrad
 from geomssl.probes.linear import check_frozen, fit, train_sample
+from geomssl.progress import track
+from geomssl.seeding import generator
 
 __all__ = ["FullGradient", "Options", "fullgrad", "probe"]
 
 MOST = 256
 # far above float32 rounding, far below what anyone sees on a map
 COMPLETE = 1e-4
+# the sum over a path is not exact: this much may be missing before a note asks for more steps
+INTEGRATED = 0.05
+UNSIGNED = {"fullgrad", "saliency", "gradcam"}
+CAUTION = "A map tells where the output is sensitive, scaled image by image; it does not tell that a place is a cause."
+QUALITY = (
+    "infidelity = E (b <I, a> - (f(x) - f(x - I)))^2 / E (f(x) - f(x - I))^2 for Gaussian I, with the best factor b of each "
+    "image. max-sensitivity = max ||a(x + d) - a(x)|| / ||a(x)|| over 10 draws of d (Yeh et al. 2019)."
+)
 
 
 class Length(nn.Module):
@@ -34,14 +45,32 @@ COLUMNS = 5
 class Options(subject.Options):
     """Settings of the saliency probe."""
 
+    method: str = Field("fullgrad", description=", ".join(attribution.METHODS))
     target: Literal["predicted", "label"] = Field("predicted", description="whose logit to explain: predicted or true class")
     show: int = Field(10, ge=1, le=40, description="images in the picture, one of each class before a second of any")
     side: int = Field(64, ge=8, le=256, description="pixels of a tile in the picture")
     train_n: int | None = Field(None, ge=2, description="training images for the classifier; all of them when not given")
+    judged: int = Field(32, ge=0, description="images for infidelity and max-sensitivity; 0 leaves both out")
+    noise: float = Field(0.1, gt=0, description="standard deviation of the noise of infidelity, in pixel values")
+    radius: float = Field(0.02, gt=0, description="largest change of a pixel for max-sensitivity")
+    baseline: float = Field(0.0, ge=0, le=1, description="pixel of the baseline (integrated-gradients, occlusion)")
+    steps: int = Field(50, ge=1, description="steps of the path (integrated-gradients)")
+    window: int | None = Field(None, ge=1, description="side of the square  [default: an eighth of the image] (occlusion)")
+    layer: str | None = Field(None, description="layer of the maps  [default: the last that has any] (gradcam)")
+
+    @field_validator("method")
+    @classmethod
+    def _known(cls, method: str) -> str:
+        return attribution.check(method)
+
+    def settings(self) -> attribution.Settings:
+        # the network that is explained is (encoder, classifier)
+        layer = None if self.layer is None else f"0.{self.layer}"
+        return attribution.Settings(self.baseline, self.steps, self.window, layer)
 
 
 def probe(subject: subject.Subject, options: Options) -> Artifact:
-    """FullGrad through the encoder and a linear classifier fitted on its frozen features, for at most 256 images.
+    """Maps through the encoder and a linear classifier fitted on its frozen features, for at most 256 images.
 
     The classifier is the one of the linear probe. Without labels the length of h is explained in its place.
     """
@@ -51,21 +80,29 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     indices = _indices(subject, options, notes)
     labels = None if subject.source.labels is None else subject.source.labels.cpu()[indices]
     model, classes = _explained(subject, options, notes)
-    parts, targets = _run(subject, model, classes, labels, indices, options)
-    gathered = _gathered(parts)
+    if options.method == "gradcam" and options.layer is not None:
+        # refused by the name that the encoder knows it by
+        attribution.map_layer(subject.encoder, subject.images(indices[:1]), options.layer)
+    targets, values = _targets(subject, model, classes, labels, indices, options)
+    quality = _quality(subject, model, targets, indices, options, notes)
+    shown = _shown(labels, len(indices), options.show)
+    if options.method != "fullgrad":
+        return _by_captum(subject, model, classes, labels, targets, values, indices, shown, quality, options, notes)
+    gathered = _gathered([
+        fullgrad(model, images, targets[rows])
+        for rows, images in _batches(subject, indices, "full gradients")
+    ])
     worst, middle = float(gathered.residual.max()), float(gathered.residual.median())
     if worst > COMPLETE:
         notes.append(
             f"The parts leave out up to {worst:.2g} of the function: some operation between the modules adds a constant "
             "that no module owns. The maps miss that part."
         )
-    notes.append("A map tells where the output is sensitive, scaled image by image; it does not tell that a place is a cause.")
-    shown = _shown(labels, len(indices), options.show)
+    notes.append(CAUTION)
     picture = _picture(subject.images(indices[shown]), gathered.saliency[shown], options.side)
     terms = gathered.input_term.abs() + gathered.bias_terms.abs().sum(dim=1)
     share = gathered.input_term.abs() / terms.clamp_min(1e-300)
-    of = "true" if options.target == "label" else "predicted"
-    what = "the length of h" if classes is None else f"the logit of the {of} class"
+    what = _what(classes, options)
     return Artifact(
         probe="saliency",
         title="FullGrad maps",
@@ -77,21 +114,17 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             "f(x) = <df/dx, x> + sum_l <df/dy_l, b_l> with b_l = y_l - J_l x_l, the implicit bias of every module call. "
             "residual = |f - the sum of all parts| / the sum of their sizes: rounding, where the maps are complete. "
             "map = psi(df/dx x) + sum_l psi(df/dy_l b_l), psi(v) = sum over channels of |v| scaled to [0, 1] over one image's "
-            "channels and places, enlarged bilinearly."
+            "channels and places, enlarged bilinearly. " + QUALITY
         ),
         metrics=[
             _identity("residual_max", worst, len(indices), "largest relative residual over the images"),
             _identity("residual_median", middle, len(indices), "median relative residual over the images"),
             _share_metric(share, options.seed),
+            *quality,
         ],
         tables=[_images_table(gathered, terms, indices, labels, targets, classes, subject), _layers_table(gathered, terms)],
         figures=[
-            Figure(
-                "maps", "image", "Images and their maps",
-                "Above the image, below it the map laid over it (bright: sensitive), each scaled to its own range. "
-                + _caption(indices[shown], labels, targets, shown, classes, subject),
-                file="maps.png",
-            ),
+            _maps_figure(indices, labels, targets, shown, classes, subject),
             Figure(
                 "shares", "bar", "Where the output comes from", "Mean share of the sizes of all parts, by module call.",
                 "layers", "part", "share", x_label="part", y_label="mean share",
@@ -122,29 +155,130 @@ def _explained(subject: subject.Subject, options: Options, notes: list[str]) -> 
     return nn.Sequential(subject.encoder, classifier.module().to(subject.device, subject.dtype)), classifier.classes
 
 
-def _run(
+def _what(classes: Tensor | None, options: Options) -> str:
+    of = "true" if options.target == "label" else "predicted"
+    return "the length of h" if classes is None else f"the logit of the {of} class"
+
+
+def _targets(
     subject: subject.Subject, model: nn.Module, classes: Tensor | None, labels: Tensor | None, indices: Tensor, options: Options
-) -> tuple[list[FullGradient], Tensor | None]:
-    """FullGrad batch by batch, and the output column that was explained for each image."""
-    targets = None
-    if classes is not None:
-        head = model[1]  # type: ignore[index]
-        h = subject.features(indices)
-        with torch.no_grad():
-            targets = head(h.to(head.weight)).argmax(dim=1).cpu()
-        if options.target == "label":
-            assert labels is not None
-            unseen = int((~torch.isin(labels, classes)).sum())
-            if unseen:
-                given = f"{unseen} images of classes that the training split does not have"
-                raise GeomsslError(given, "--target predicted", reason="unseen-class")
-            targets = torch.searchsorted(classes, labels)
-    parts, start = [], 0
-    for chunk, images in subject.batches(indices, "full gradients"):
-        chosen = None if targets is None else targets[start : start + len(chunk)]
-        parts.append(fullgrad(model, images, chosen))
+) -> tuple[Tensor, Tensor]:
+    """The output column that is explained for each image, and its value, (n,) both."""
+    head = model[1]  # type: ignore[index]
+    h = subject.features(indices).to(subject.device, subject.dtype)
+    with torch.no_grad():
+        outputs = head(h).cpu()
+    targets = outputs.argmax(dim=1)
+    if classes is not None and options.target == "label":
+        assert labels is not None
+        unseen = int((~torch.isin(labels, classes)).sum())
+        if unseen:
+            given = f"{unseen} images of classes that the training split does not have"
+            raise GeomsslError(given, "--target predicted", reason="unseen-class")
+        targets = torch.searchsorted(classes, labels)
+    return targets, outputs.gather(1, targets[:, None])[:, 0]
+
+
+def _batches(subject: subject.Subject, indices: Tensor, what: str) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, images) batch by batch."""
+    start = 0
+    for chunk, images in subject.batches(indices, what):
+        yield slice(start, start + len(chunk)), images
         start += len(chunk)
-    return parts, targets
+
+
+def _quality(
+    subject: subject.Subject, model: nn.Module, targets: Tensor, indices: Tensor, options: Options, notes: list[str]
+) -> list[Metric]:
+    """Infidelity and max-sensitivity of the method, over a seeded draw of the images."""
+    if not options.judged:
+        return []
+    n = min(options.judged, len(indices))
+    rows = torch.randperm(len(indices), generator=generator(options.seed, "saliency-judged"))[:n].sort().values
+    left, blank, moved = [], [], []
+    for number, part in enumerate(track(rows.split(subject.batch_size), "infidelity and sensitivity")):
+        images, aim = subject.images(indices[part]), targets[part]
+        given, seed = options.settings(), options.seed + number
+        found = attribution.attribution(options.method, model, images, aim, given)
+        for where, values in ((left, found), (blank, torch.zeros_like(found))):
+            where.append(attribution.infidelity(
+                options.method, model, images, aim, values, noise=options.noise, seed=seed
+            ))
+        moved.append(attribution.max_sensitivity(
+            options.method, model, images, aim, given, radius=options.radius, seed=seed
+        ))
+    if options.method in UNSIGNED:
+        notes.append("The map is never negative: what raises the output and what lowers it look alike; infidelity shows it.")
+    if n < len(indices):
+        notes.append(f"Infidelity and max-sensitivity are of {n} of the {len(indices)} images.")
+    return _quality_metrics(torch.cat(left), torch.cat(blank), torch.cat(moved), options.seed)
+
+
+def _quality_metrics(left: Tensor, blank: Tensor, moved: Tensor, seed: int) -> list[Metric]:
+    n = len(left)
+    about = "share of the output's response to noise in the pixels that the map leaves unexplained; a blank map leaves 1"
+    what = "largest relative change of the map under a small change of the pixels, mean over images"
+    method = "percentile bootstrap over images, the noise held fixed, 95 %"
+    shares = intervals = None
+    if n > 1 and float(blank.sum()) > 0:
+        low, high = bootstrap_ratio(left[:, None], blank[:, None], seed)
+        if bool(torch.isfinite(low + high).all()):
+            intervals = Interval(float(low[0]) ** 2, float(high[0]) ** 2, method)
+    if float(blank.sum()) > 0:
+        shares = float(left.sum() / blank.sum())
+    spread = Interval(*(float(v) for v in bootstrap_mean(moved, seed)), method) if n > 1 else None
+    return [
+        Metric(
+            "infidelity", shares, n, intervals, None if intervals else
+            "one image" if n == 1 else "the output does not answer to noise", better="lower", about=about,
+        ),
+        Metric("max_sensitivity", float(moved.mean()), n, spread, None if spread else "one image", better="lower", about=what),
+    ]
+
+
+def _by_captum(
+    subject: subject.Subject, model: nn.Module, classes: Tensor | None, labels: Tensor | None, targets: Tensor, values: Tensor,
+    indices: Tensor, shown: Tensor, quality: list[Metric], options: Options, notes: list[str],
+) -> Artifact:
+    """The artifact of a method other than FullGrad."""
+    sums, sizes, maps = [], [], []
+    for rows, images in _batches(subject, indices, options.method):
+        found = attribution.attribution(options.method, model, images, targets[rows], options.settings()).double().cpu()
+        checks.matrix(found.flatten(1), f"maps of {options.method}")
+        sums.append(found.sum(dim=(1, 2, 3)))
+        sizes.append(found.abs().sum(dim=(1, 2, 3)))
+        maps.append(found.abs().sum(dim=1).float())
+    total, size = torch.cat(sums), torch.cat(sizes)
+    metrics, headline = [], ""
+    columns = _identified(indices, labels, targets, classes, subject)
+    columns |= {"value": values.double().tolist(), "sum": total.tolist(), "sum_of_sizes": size.tolist()}
+    if options.method == "integrated-gradients":
+        with torch.no_grad():
+            base = model(torch.full_like(subject.images(indices[:1]), options.baseline)).cpu().double()[0]
+        residual = (values.double() - base[targets] - total).abs() / size.clamp_min(1e-300)
+        columns["residual"] = residual.tolist()
+        worst = float(residual.max())
+        metrics.append(_identity("residual_max", worst, len(indices), "largest relative residual of completeness"))
+        headline = f", complete up to a relative residual of {worst:.1e}"
+        if worst > INTEGRATED:
+            notes.append(f"{options.steps} steps leave out up to {worst:.2g} of the sum of sizes: use more --steps.")
+    if quality and quality[0].value is not None:
+        headline += f"; they leave {quality[0].value:.0%} of its response to noise unexplained"
+    notes.append(CAUTION)
+    return Artifact(
+        probe="saliency",
+        title="Attribution maps",
+        headline=f"Maps of {_what(classes, options)} by {options.method}, for {len(indices)} images{headline}.",
+        definition=f"{options.method}: {attribution.METHODS[options.method]}. "
+        "The map is the size of the attributions, summed over channels. " + QUALITY,
+        metrics=[*metrics, *quality],
+        tables=[Table("images", "Every image", columns, "sum: of the attributions; sum_of_sizes: of their sizes.")],
+        figures=[_maps_figure(indices, labels, targets, shown, classes, subject)],
+        notes=notes,
+        options=options.model_dump(mode="json"),
+        provenance=subject.provenance,
+        files={"maps.png": _picture(subject.images(indices[shown]), torch.cat(maps)[shown], options.side)},
+    )
 
 
 def _gathered(parts: list[FullGradient]) -> FullGradient:
@@ -204,25 +338,44 @@ def _share_metric(share: Tensor, seed: int) -> Metric:
     return Metric("input_share", float(share.mean()), len(share), interval, about=about)
 
 
+def _maps_figure(
+    indices: Tensor, labels: Tensor | None, targets: Tensor, shown: Tensor, classes: Tensor | None, subject: subject.Subject
+) -> Figure:
+    return Figure(
+        "maps", "image", "Images and their maps",
+        "Above the image, below it the map laid over it (bright: sensitive), each scaled to its own range. "
+        + _caption(indices[shown], labels, targets, shown, classes, subject),
+        file="maps.png",
+    )
+
+
 def _caption(
-    indices: Tensor, labels: Tensor | None, targets: Tensor | None, shown: Tensor, classes: Tensor | None,
+    indices: Tensor, labels: Tensor | None, targets: Tensor, shown: Tensor, classes: Tensor | None,
     subject: subject.Subject,
 ) -> str:
-    if labels is None or targets is None or classes is None:
+    if labels is None or classes is None:
         return f"Images {', '.join(str(i) for i in indices.tolist())}."
     true, explained = subject.class_names(labels[shown]), subject.class_names(classes[targets[shown]])
     pairs = zip(indices.tolist(), true, explained, strict=True)
     return "Row by row (image: class, explained): " + "; ".join(f"{i}: {t}, {e}" for i, t, e in pairs) + "."
 
 
-def _images_table(
-    found: FullGradient, terms: Tensor, indices: Tensor, labels: Tensor | None, targets: Tensor | None, classes: Tensor | None,
-    subject: subject.Subject,
-) -> Table:
+def _identified(
+    indices: Tensor, labels: Tensor | None, targets: Tensor, classes: Tensor | None, subject: subject.Subject
+) -> dict[str, list[Any]]:
+    """The first columns of a table of images: which it is, and what is explained."""
     columns: dict[str, list[Any]] = {"index": indices.tolist()}
-    if labels is not None and targets is not None and classes is not None:
+    if labels is not None and classes is not None:
         columns["label"] = subject.class_names(labels)
         columns["explained"] = subject.class_names(classes[targets])
+    return columns
+
+
+def _images_table(
+    found: FullGradient, terms: Tensor, indices: Tensor, labels: Tensor | None, targets: Tensor, classes: Tensor | None,
+    subject: subject.Subject,
+) -> Table:
+    columns = _identified(indices, labels, targets, classes, subject)
     columns |= {
         "value": found.value.tolist(),
         "input_term": found.input_term.tolist(),

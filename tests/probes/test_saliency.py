@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from geomssl.data.base import Resident
+from geomssl.encoders import build
 from geomssl.errors import GeomsslError
+from geomssl.probes.attribution import METHODS
 from geomssl.probes.linear import fit
 from geomssl.probes.saliency import Length, Options, fullgrad, probe
 from geomssl.probes.subject import Subject
@@ -132,3 +134,60 @@ def test_many_images_are_capped_and_said(make_subject: Callable[..., Subject]) -
     assert len(found.table("images")) == 256
     assert any("256 images, drawn from 300" in note for note in found.notes)
     assert len(probe(make_subject(n=300, known=60), Options(n=280)).table("images")) == 280
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "fullgrad"])
+def test_other_methods_by_name(make_subject: Callable[..., Subject], method: str) -> None:
+    subject = make_subject(n=40)
+    found = probe(subject, Options(method=method, judged=6, steps=20))
+    table = found.table("images").columns
+    whole = probe(subject, Options(judged=0)).table("images").columns
+    assert table["explained"] == whole["explained"]
+    assert table["value"] == pytest.approx(whole["value"], rel=1e-4, abs=1e-4)
+    assert method in found.headline
+    assert 0 <= found.metric("infidelity").value <= 1.0001  # type: ignore[operator]
+    assert found.metric("infidelity").n == found.metric("max_sensitivity").n == 6
+    assert Image.open(io.BytesIO(found.files["maps.png"])).size == (5 * 64, 2 * 2 * 64)
+    assert {m.name for m in found.metrics} >= {"infidelity", "max_sensitivity"}
+    assert any("never negative" in note for note in found.notes) == (method in ("saliency", "gradcam"))
+    json.dumps(found.to_json(), allow_nan=False)
+    if method == "integrated-gradients":
+        classifier = fit(subject.features(torch.arange(200), "h", "train"), subject.train.labels)  # type: ignore[union-attr, arg-type]
+        base = classifier.logits(subject.encoder(torch.zeros(1, 1, 8, 8)))[0]
+        for value, explained, total, size, residual in zip(
+            *(table[k] for k in ("value", "explained", "sum", "sum_of_sizes", "residual")), strict=True
+        ):
+            column = classifier.classes.tolist().index(int(explained))
+            assert abs(value - float(base[column]) - total) / size == pytest.approx(residual, abs=1e-4)
+        finer = probe(subject, Options(method=method, judged=0, steps=400)).metric("residual_max").value
+        assert finer < found.metric("residual_max").value  # type: ignore[operator]
+
+
+def test_fullgrad_is_judged_too_and_seeded(make_subject: Callable[..., Subject]) -> None:
+    subject = make_subject(n=40)
+    one, again, other = (probe(subject, Options(judged=10, seed=seed)) for seed in (0, 0, 1))
+    assert one.metric("infidelity") == again.metric("infidelity") != other.metric("infidelity")
+    interval = one.metric("max_sensitivity").interval
+    assert interval.low <= one.metric("max_sensitivity").value <= interval.high  # type: ignore[union-attr, operator]
+    assert {m.name for m in probe(subject, Options(judged=0)).metrics} == {"residual_max", "residual_median", "input_share"}
+
+
+@pytest.mark.parametrize("name", ["cnn", "c4-cnn", "mlp"])
+def test_methods_on_the_encoders_of_this_house(make_subject: Callable[..., Subject], name: str) -> None:
+    encoder = build(name, in_channels=1, **({"size": 8} if name == "mlp" else {"widths": (8, 8, 12)}))
+    subject = make_subject(n=8, encoder=encoder, projector=None, known=100)
+    for method in ("guided-backprop", "occlusion", "gradcam"):
+        options = Options(method=method, judged=0, show=2)
+        if (name, method) == ("mlp", "gradcam"):
+            with pytest.raises(GeomsslError, match="without a layer that gives maps"):
+                probe(subject, options)
+            continue
+        found = probe(subject, options)
+        assert max(found.table("images").columns["sum_of_sizes"]) > 0
+
+
+def test_bad_options_are_one_line(make_subject: Callable[..., Subject]) -> None:
+    with pytest.raises(GeomsslError, match="did you mean 'gradcam'"):
+        Options(method="grad-cam")
+    with pytest.raises(GeomsslError, match="did you mean 'body.5'"):
+        probe(make_subject(n=8), Options(method="gradcam", layer="body.55", judged=0))
