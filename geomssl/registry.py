@@ -47,13 +47,14 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
     "probe": {
         "equivariance": ("geomssl.probes.equivariance", "how far f(T_g x) is from the declared action on f(x)"),
         "action": ("geomssl.probes.action", "does some affine action on f(x) exist, fitted, and is it the declared one"),
+        "lie": ("geomssl.probes.lie", "how features change at first order as the image moves, beside the declared way"),
         "rank": ("geomssl.probes.rank", "rank of the projector and of the features, for every threshold"),
         "tangent": ("geomssl.probes.tangent", "the span of delta-h: unexplained variance and label match"),
         "bound": ("geomssl.probes.bound", "InfoNCE of batches as in training beside its upper bound"),
         "spectrum": ("geomssl.probes.spectrum", "log singular values of the features, on plain images and on views"),
         "linear": ("geomssl.probes.linear", "accuracy of a linear classifier and of nearest neighbours"),
         "embed": ("geomssl.probes.embed", "a PaCMAP map of the features with its trustworthiness"),
-        "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual"),
+        "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual, and other methods by name"),
     },
 }
 
