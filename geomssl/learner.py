@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from geomssl import distributed
 from geomssl.caching import Passes, Through
 from geomssl.data.base import Source, to_unit
+from geomssl.encoders import for_images
 from geomssl.encoders.base import Encoder
 from geomssl.objectives.base import Batch, Losses, Objective, View
 from geomssl.recipe import Recipe
@@ -83,10 +84,7 @@ def initialise(recipe: Recipe, channels: int, size: int, classes: int) -> Learne
 
 def build_encoder(recipe: Recipe, channels: int, size: int) -> Encoder:
     """The recipe's encoder for images of that size; draws its weights from the global generator."""
-    config = recipe.encoder
-    if "size" in type(config).model_fields and config.size is None:  # type: ignore[attr-defined]
-        config = config.model_copy(update={"size": size})
-    return resolve("encoder", config.name)(channels, config)  # type: ignore[attr-defined]
+    return for_images(recipe.encoder, channels, size)
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> Tensor:

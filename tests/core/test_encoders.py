@@ -1,10 +1,12 @@
 """The built-in encoders: shapes, exactness of the C4 network at every size, also trained, and what they refuse."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
-from geomssl import encoders
+from geomssl import encoders, registry
 from geomssl.encoders.base import Normalise
 from geomssl.encoders.cnn import C4CNN, CNN, halve
 from geomssl.errors import GeomsslError
@@ -176,6 +178,30 @@ def test_a_class_of_somebody_else_is_built_by_its_path(tmp_path, monkeypatch):
     assert torch.allclose(encoder(torch.ones(1, 2, 4, 4)), torch.full((1, 2), 3.0))
     with pytest.raises(GeomsslError, match="scalee"):
         encoders.build("elsewhere:Own", in_channels=2, scalee=3.0)
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
+def test_a_library_that_is_not_installed_is_one_line(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name.partition(":")[0], None)
+    with pytest.raises(GeomsslError) as caught:
+        encoders.build(name)
+    assert "pip install 'geomssl[zoo]'" in str(caught.value)
+    assert caught.value.reason == "no-library"
+
+
+def test_names_of_a_library_are_known_and_code_of_the_users_is_not():
+    for name in ("timm:resnet18", "torchvision:anything", "resnet18"):
+        assert registry.known("encoder", name)
+    for name in ("mine:Net", "./timm.py:Net", "timmy:resnet18", "timm"):
+        assert not registry.known("encoder", name)
+    assert not registry.known("objective", "timm:resnet18")
+    assert {"timm:NAME", "torchvision:NAME"} < registry.names("encoder").keys()
+
+
+def test_a_size_left_open_is_filled_from_the_images():
+    config = registry.resolve("encoder", "mlp").Config.model_validate({"widths": (8,), "fibres": 2})
+    assert encoders.for_images(config, 1, 5).size == 5
+    assert encoders.for_images(config.model_copy(update={"size": 4}), 1, 5).size == 4
 
 
 @pytest.mark.parametrize(

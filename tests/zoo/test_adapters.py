@@ -77,7 +77,8 @@ def test_timm_gives_its_own_features(name, size, fibres, dim):
 @torch.no_grad()
 def test_torchvision_gives_what_enters_its_last_linear_layer(name, size, fibres, dim):
     encoder = built(f"torchvision:{name}", size=size)
-    reference = models.get_model(name, weights=None, **({"init_weights": False, "aux_logits": False} if name == "googlenet" else {}))
+    auxiliary = {"init_weights": False, "aux_logits": False} if name == "googlenet" else {}
+    reference = models.get_model(name, weights=None, **auxiliary)
     missing = reference.load_state_dict(encoder.model.state_dict(), strict=False)
     assert not missing.unexpected_keys
     reference.eval()
