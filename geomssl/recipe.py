@@ -21,8 +21,9 @@ DEFAULTS: dict[str, Any] = {
     "objective": {"name": "simclr"},
     "optim": {"name": "sgd"},
 }
-# what merely rounds differently: a resumed run may change these, as it may change device and number of processes
-MACHINE = {"channels_last", "compile"}
+# what merely rounds differently, and where the images lie (that they are the same is seen by their fingerprint): a resumed
+# run may change these, as it may change device and number of processes
+MACHINE = {"channels_last", "compile", "dataset.root", "dataset.memory", "dataset.cache", "dataset.download"}
 
 
 class Recipe(Settings):

@@ -21,14 +21,15 @@ def datasets(root: str | None) -> None:
     """
     from geomssl import data
 
+    lines = []
     for name, line in names("dataset").items():
         try:
             found = data.presence(name, root)
         except ImportError as error:
             found = data.Presence(False, "", f"cannot be imported: {error}")
-        click.echo(f"{name:<14} {'here' if found.present else '-':<5} {line}")
         images = f"{found.images} images; " if found.images else ""
-        click.echo(f"{'':<21}{images}{found.where}")
+        lines.append(f"{name:<14} {'here' if found.present else '-':<5} {line}\n{'':<21}{images}{found.where}")
+    click.echo("\n".join(lines))
 
 
 @click.command()

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import http.server
 import os
+import shutil
 import signal
 import struct
 import subprocess
@@ -352,6 +353,8 @@ def test_datasets_says_what_is_here(tmp_path, monkeypatch, capsys):
         at = next(k for k, text in enumerate(lines) if text.split()[0] == name)
         return lines[at].split()[1] == "here", lines[at + 1]
 
+    assert main(["datasets", "--root", str(tmp_path / "none")]) == 2
+    assert not capsys.readouterr().out
     assert line("digits")[0]
     assert line("mnist") == (False, line("mnist")[1])
     assert "no train-images-idx3-ubyte.gz, train-labels" in line("mnist")[1]
@@ -367,15 +370,24 @@ def test_named_sets_work_in_the_commands_wherever_they_lie(tmp_path, monkeypatch
     monkeypatch.setattr(MNIST, "release", tiny.release)
     here, there = tiny.write(tmp_path / "here"), tmp_path / "there"
     run = tmp_path / "run.pt"
-    train = ["train", "--dataset", "mnist", "--set", f"dataset.root={here}", "--epochs", "1", "--batch-size", "16"]
-    assert main([*train, "--encoder", "mlp", "--out", str(run), "--quiet"]) == 0
+    train = ["train", "--dataset", "mnist", "--set", f"dataset.root={here}", "--epochs", "2", "--batch-size", "16"]
+    assert main([*train, "--encoder", "mlp", "--out", str(run), "--quiet", "--stop-after", "1"]) == 0
     here.rename(there)
     assert main(["rank", "--checkpoint", str(run), "--quiet"]) == 2
     assert f"dataset.root = {here}: no such folder" in capsys.readouterr().err
     assert main(["rank", "--checkpoint", str(run), "--quiet", "--dataset", f"mnist:{there}"]) == 0
-    subject = from_checkpoint(run, {"root": str(there)})
-    assert torch.equal(every(subject.source), every(tiny.load(there, "test")))
-    assert torch.equal(every(subject.train), every(tiny.load(there, "train")))
+    assert main(["train", "--resume", str(run), "--quiet", "--set", f"dataset.root={there}"]) == 0
+    other = tmp_path / "other"
+    shutil.copytree(there, other)
+    (other / f"{IMAGES}.gz").unlink()
+    (other / IMAGES).write_bytes(flipped(tiny.raw[IMAGES]))
+    capsys.readouterr()
+    assert main(["train", "--resume", str(run), "--quiet", "--set", f"dataset.root={other}"]) == 2
+    assert "[changed-data]" in capsys.readouterr().err
+    there.rename(here)
+    subject = from_checkpoint(run, {"root": str(here)})
+    assert torch.equal(every(subject.source), every(tiny.load(here, "test")))
+    assert torch.equal(every(subject.train), every(tiny.load(here, "train")))
 
 
 FASHION = DEBIAN / "fashion-mnist"
