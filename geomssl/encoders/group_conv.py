@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -102,6 +103,10 @@ class GroupConv2d(nn.Module):
     def train(self, mode: bool = True) -> GroupConv2d:
         self.refresh()
         return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupConv2d:
+        """Moves and casts of the weight as a 4-D tensor: PyTorch's channels-last format knows no other."""
+        return super()._apply(lambda t: fn(t.flatten(1, 2)).unflatten(1, t.shape[1:3]) if t.dim() == 5 else fn(t), recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.refresh()

@@ -187,9 +187,7 @@ def test_the_plain_network_turns_with_nothing():
 
 @pytest.mark.parametrize("name", ["resnet18", "c4-resnet18"])
 def test_shapes_gradients_and_half_precision(name):
-    encoder = built(name, dtype=torch.float32, width=16)
-    if name == "resnet18":
-        encoder.to(memory_format=torch.channels_last)
+    encoder = built(name, dtype=torch.float32, width=16).to(memory_format=torch.channels_last)
     x = images(16, n=4, channels=3).float().contiguous(memory_format=torch.channels_last)
     fibres = encoder.fibres(x)
     assert fibres.shape == ((4, 128, 1, 2, 2) if name == "resnet18" else (4, 64, 4, 2, 2))
@@ -200,6 +198,17 @@ def test_shapes_gradients_and_half_precision(name):
     assert all(p.grad is not None and p.grad.norm() > 0 for p in encoder.parameters())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert encoder(x).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "c4-resnet18"])
+def test_channels_last_changes_no_number(name):
+    encoder, x = small(name), images(9)
+    expected = encoder(x)
+    moved = encoder.to(memory_format=torch.channels_last)
+    assert torch.allclose(moved(x.contiguous(memory_format=torch.channels_last)), expected, atol=1e-11)
+    again = small(name)
+    again.load_state_dict(moved.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), moved.parameters(), strict=True))
 
 
 def test_channels_last_is_kept_to_the_end():
