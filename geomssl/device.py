@@ -50,7 +50,8 @@ def precision(name: str, where: torch.device) -> torch.dtype | None:
     try:
         with warnings.catch_warnings(), torch.no_grad(), torch.autocast(where.type, dtype=HALF[name]):
             warnings.simplefilter("error")
-            probe = torch.nn.functional.conv2d(torch.ones(1, 1, 3, 3, device=where), torch.ones(1, 1, 3, 3, device=where))
+            ones = torch.ones(1, 1, 3, 3, device=where, dtype=torch.float32)
+            probe = torch.nn.functional.conv2d(ones, ones)
     except (RuntimeError, UserWarning):
         raise _lacks(name, where) from None
     if probe.dtype != HALF[name]:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from geomssl.config import Settings
 from geomssl.encoders.base import Encoder
+from geomssl.losses import wide
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec
 from geomssl.transforms import policy
 
@@ -24,4 +25,4 @@ class Frozen(Objective):
 
     def forward(self, encoder: Encoder, batch: Batch) -> Losses:
         h = encoder(batch.views["plain"].images)
-        return Losses(h.new_zeros(()), {}, h)
+        return Losses(wide(h).new_zeros(()), {}, h)
