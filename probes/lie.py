@@ -52,7 +52,7 @@ def lie_derivative(
     map as the image, at its own stride and offset; auto: spatial for maps. The tangent is pushed by torch.func.jvp.
     Frame: x right, y down, the centre the image's.
     Raises GeomsslError for an operation without a forward mode, named with its layer. Gruver et al., The Lie
-    Derivative for Measuring Learned Equivariance (2023), eq. 3, there by two backward passes through a bilinear sampler.
+    Derivative for Measuring Learned Equivariance (2023), there by two backward passes through a bilinear sampler.
     """
     chosen = named_generator(generator)
     owner = model if isinstance(model, nn.Module) else getattr(model, "__self__", None)
