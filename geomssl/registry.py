@@ -47,6 +47,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
     "probe": {
         "equivariance": ("geomssl.probes.equivariance", "how far f(T_g x) is from the declared action on f(x)"),
         "action": ("geomssl.probes.action", "does some affine action on f(x) exist, fitted, and is it the declared one"),
+        "explain": ("geomssl.probes.explain", "where equivariance must break, where it aliases, and which repair helps"),
         "lie": ("geomssl.probes.lie", "how features change at first order as the image moves, beside the declared way"),
         "consistency": ("geomssl.probes.consistency", "does the answer stay under a transform, beyond constant answers"),
         "rank": ("geomssl.probes.rank", "rank of the projector and of the features, for every threshold"),

@@ -127,13 +127,23 @@ def _window_shift(call: Call, axis: int, n: int, m: int) -> list[Break]:
     k, s, d, p = (v[axis] for v in (call.kernel, call.stride, call.dilation, call.before))
     across = p > 0 or s * (m - 1) - p + d * (k - 1) > n - 1
     if across and call.mode != "circular":
-        said = {"": "no padding", "lowest": "padding"}.get(call.mode, f"{call.mode} padding")
+        said = {"": "no padding", "lowest": "padding", "zeros": "zero padding"}.get(call.mode, f"{call.mode} padding")
         return [Break("padding", f"{said} at the border: its windows do not read across the seam")]
     if m * s != n:
         if call.mode != "circular" and s == 1:
             return [Break("padding", f"no padding: {n} pixels become {m}, and none of them read across the seam")]
         return [Break("grid", f"stride {s} on {_by(call.size_in)} gives {m}, and {m} times {s} is not {n}")]
     return []
+
+
+def border(call: Call) -> float:
+    """The share of a window layer's outputs whose windows reach into the padding."""
+    inside = 1.0
+    for axis in (0, 1):
+        n, m = call.size_in[axis], call.size_out[axis]
+        k, s, d, p = (v[axis] for v in (call.kernel, call.stride, call.dilation, call.before))
+        inside *= sum(s * i >= p and s * i - p + d * (k - 1) <= n - 1 for i in range(m)) / m
+    return 1 - inside
 
 
 def needed(breaks_found: Sequence[Break], grid_only: bool = False) -> list[Break]:

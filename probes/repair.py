@@ -1,8 +1,8 @@
-"""Counterfactual repairs: one call of a pass replaced by its better-behaved twin, every weight kept."""
+"""Counterfactual repairs: one layer of a pass replaced by its better-behaved twin, every weight kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,35 +19,38 @@ from geomssl.probes.static import Call, Move, Watch, named_arguments
 LARGEST = 4
 
 
+Run = Callable[[Any, Any, Any], Any]
+
+
 @dataclass(frozen=True)
 class Repair:
-    """A replacement of the call of that number: `run(func, args, kwargs)` gives an output of the same shape.
+    """Calls of a pass replaced by others that give outputs of the same shape.
 
-    what: in words ("circular padding"). cause: what it takes away ("padding", "stride", "pooling" or "places").
+    calls: one, or several that skip pixels side by side (the branches of a residual block must keep one grid). what: in words
+    ("circular padding"). cause: what it takes away ("padding", "stride", "pooling" or "places"). runs: number of a watched
+    call -> its name, and run(func, args, kwargs) in its place.
     """
 
-    call: Call
+    calls: tuple[Call, ...]
     what: str
     cause: str
-    run: Callable[[Any, Any, Any], Any]
-    number: int
-    name: str
+    runs: Mapping[int, tuple[str, Run]]
 
 
 def repaired(features: Callable[[Tensor], Any], repair: Repair) -> Callable[[Tensor], Any]:
-    """The same function with one call replaced, in every pass. The module is not touched: the call is met on its way.
+    """The same function with those calls replaced, in every pass. The module is not touched: a call is met on its way.
 
-    Raises GeomsslError where a pass does not come by that call (its way depends on the values).
+    Raises GeomsslError where a pass does not come by them all (its way depends on the values).
     """
 
     def f(images: Tensor) -> Any:
         swap = _Swap(repair)
         with swap:
             output = features(images)
-        if not swap.met:
+        if swap.left:
             raise GeomsslError(
-                f"a pass that does not come by {repair.call.layer or repair.call.what} again", "a module whose calls do not "
-                "depend on the values", reason="not-static",
+                f"a pass that does not come by {repair.calls[0].layer or repair.calls[0].what} again",
+                "a module whose calls do not depend on the values", reason="not-static",
             )
         return output
 
@@ -57,13 +60,28 @@ def repaired(features: Callable[[Tensor], Any], repair: Repair) -> Callable[[Ten
 class _Swap(Watch):
     def __init__(self, repair: Repair) -> None:
         super().__init__()
-        self.repair, self.met = repair, False
+        self.runs, self.left = repair.runs, set(repair.runs)
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        if self.number != self.repair.number or name != self.repair.name:
+        wanted, run = self.runs.get(self.number, ("", None))
+        if run is None or name != wanted:
             return func(*args, **kwargs)
-        self.met = True
-        return self.repair.run(func, args, kwargs)
+        self.left.discard(self.number)
+        return run(func, args, kwargs)
+
+
+def together(found: Sequence[Repair]) -> list[Repair]:
+    """The same repairs, those of a stride that lie side by side (same sizes, same place in the pass) made one."""
+    kept: dict[Any, Repair] = {}
+    for number, one in enumerate(found):
+        call = one.calls[0]
+        beside = one.cause == "stride" and call.name == "conv2d"
+        key = (one.what, call.size_in, call.size_out, call.reach) if beside else number
+        before = kept.get(key)
+        kept[key] = one if before is None else Repair(
+            before.calls + one.calls, one.what, one.cause, {**before.runs, **one.runs}
+        )
+    return list(kept.values())
 
 
 def repairs(call: Call, asked: Sequence[Move]) -> tuple[list[Repair], str]:
@@ -101,10 +119,10 @@ def _because(call: Call, found: Break) -> str:
     return found.words
 
 
-def _of(call: Call, what: str, cause: str, run: Callable[[Any, Any, Any], Any], at_pad: bool = False) -> Repair:
+def _of(call: Call, what: str, cause: str, run: Run, at_pad: bool = False) -> Repair:
     if at_pad and call.padded_by is not None:
-        return Repair(call, what, cause, run, call.padded_by, "pad")
-    return Repair(call, what, cause, run, call.number, call.name)
+        return Repair((call,), what, cause, {call.padded_by: ("pad", run)})
+    return Repair((call,), what, cause, {call.number: (call.name, run)})
 
 
 def _padding(call: Call, mode: str) -> list[Repair]:

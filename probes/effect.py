@@ -1,0 +1,113 @@
+"""What a repair changes: the total error before and after, with images in pairs, and which repairs to try first."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from geomssl.probes.aliasing import Aliasing
+from geomssl.probes.assurance import interval, resampled_sums
+from geomssl.probes.breaks import border
+from geomssl.probes.defect import EquivarianceError
+from geomssl.probes.equivariance import equivariance_error
+from geomssl.probes.repair import Repair, repairs, together
+from geomssl.probes.static import Call, Move
+from geomssl.transforms.actions import Action
+from geomssl.transforms.base import Size, Transform
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A repair, the total before and after, and the bounds of the change at a level that holds for all repairs at once."""
+
+    repair: Repair
+    name: str
+    before: float
+    after: float
+    low: float
+    high: float
+
+    @property
+    def change(self) -> float:
+        return self.after - self.before
+
+
+def total(
+    f: Callable[[Tensor], Any], images: Tensor, transform: Transform, params: Tensor, declared: Action, batch_size: int,
+    seed: int,
+) -> EquivarianceError:
+    """The errors of all elements, image by image; without a floor, and with the one resample that cannot be helped."""
+    one_way = OneWay(transform)
+    return equivariance_error(f, images, one_way, params, declared, batch_size=batch_size, seed=seed, resamples=1)
+
+
+class OneWay(Transform):
+    """The transform without its inverse, so that no pass is spent on a floor that nothing here reads."""
+
+    def __init__(self, transform: Transform) -> None:
+        self.transform, self.name, self.parameters = transform, transform.name, transform.parameters
+
+    def sample(self, n: int, generator: torch.Generator, size: Size) -> Tensor:
+        return self.transform.sample(n, generator, size)
+
+    def __call__(self, images: Tensor, params: Tensor) -> Tensor:
+        return self.transform(images, params)
+
+    def is_exact(self, params: Tensor, size: Size) -> Tensor:
+        return self.transform.is_exact(params, size)
+
+
+def pooled(found: EquivarianceError) -> float | None:
+    """The total over all elements together; None where the features do not vary."""
+    below = float(found.denominators.sum())
+    return math.sqrt(float(found.numerators.sum()) / below) if below > 0 else None
+
+
+def effect(
+    before: EquivarianceError, after: EquivarianceError, repair: Repair, name: str, count: int, seed: int = 0,
+    level: float = 0.95, resamples: int = 2000,
+) -> Effect:
+    """The change of the pooled total with its interval: the images of both are resampled together.
+
+    count: repairs among which the best will be named; the level is shared out over them (Bonferroni).
+    """
+    sums = [t.sum(dim=1) for found in (before, after) for t in (found.numerators, found.denominators)]
+    drawn = resampled_sums(torch.stack(sums, dim=1), seed, resamples)
+    change = (drawn[:, 2] / drawn[:, 3]).sqrt() - (drawn[:, 0] / drawn[:, 1]).sqrt()
+    low, high = interval(change[:, None], 1 - (1 - level) / count)
+    first, second = pooled(before), pooled(after)
+    return Effect(
+        repair, f"{name}: {repair.what}", math.nan if first is None else first, math.nan if second is None else second,
+        float(low[0]), float(high[0]),
+    )
+
+
+def suspects(
+    calls: Sequence[Call], asked: tuple[Move, ...], metered: Mapping[int, Aliasing], most: int
+) -> tuple[list[Repair], dict[int, str], list[Repair]]:
+    """The repairs to measure, why a call has none, and the repairs that wait. Those first whose cause touches most: the share
+    of the energy that aliases, or of the output's pixels that see the border.
+    """
+    found: list[Repair] = []
+    unbuilt: dict[int, str] = {}
+    for call in calls:
+        made, why = repairs(call, asked)
+        if why:
+            unbuilt[call.number] = why
+        found += made
+
+    def touches(one: Repair) -> float:
+        shares = [metered[call.number].share() for call in one.calls if call.number in metered]
+        if one.cause == "padding":
+            return max(border(call) for call in one.calls)
+        return 1.0 if one.cause == "places" else max(shares, default=0.0)
+
+    ordered = sorted(together(found), key=touches, reverse=True)
+    return ordered[:most], unbuilt, ordered[most:]
+
+
