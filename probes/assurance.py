@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -98,6 +101,16 @@ def interval(drawn: Tensor, level: float) -> tuple[Tensor, Tensor]:
     """Percentiles (1 - level) / 2 and (1 + level) / 2 of each column of drawn (resamples, k). NaN where a draw is NaN."""
     if not 0 < level < 1:
         raise GeomsslError(f"level {level}", "a level between 0 and 1, such as 0.95")
-    tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64, device=drawn.device)
-    low, high = torch.quantile(drawn.double(), tails, dim=0)
+    # Four order statistics do not need a whole sort: partitioning is some ten times faster than torch.quantile.
+    draws = drawn.detach().to("cpu", torch.float64).T.contiguous().numpy()
+    places = [(1 + side * level) / 2 * (draws.shape[1] - 1) for side in (-1, 1)]
+    ends = [(math.floor(place), math.ceil(place)) for place in places]
+    sorted_there = np.partition(draws, sorted({end for pair in ends for end in pair}), axis=1)
+    with np.errstate(invalid="ignore"):
+        found = [
+            sorted_there[:, below] + (sorted_there[:, above] - sorted_there[:, below]) * (place - below)
+            for place, (below, above) in zip(places, ends, strict=True)
+        ]
+    known = ~np.isnan(draws).any(axis=1)
+    low, high = (torch.from_numpy(np.where(known, values, np.nan)).to(drawn.device) for values in found)
     return low, high
