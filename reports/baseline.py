@@ -21,7 +21,7 @@ from geomssl.reports.verdict import Judgement, Outcome, Reason
 
 # What was measured; how sure of it one is (level, resamples, ...) may differ, since each has its own interval.
 MEASURED = ("images_sha256", "dataset", "split", "dtype", "action", "boundary")
-SURENESS = ("level", "resamples", "share", "n")
+SURENESS = ("level", "resamples", "share", "references", "sweep", "n")
 
 
 @dataclass(frozen=True)

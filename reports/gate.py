@@ -258,10 +258,14 @@ def _power(artifact: Artifact | None) -> list[dict[str, Any]]:
 
 def _power_said(rows: Sequence[Mapping[str, Any]]) -> str:
     said = [
-        f"{row['injected']} {row['demand']} in {row['rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}] of {row['trials']}"
-        for row in rows if row["rate"] is not None and not math.isnan(row["rate"])
+        f"{row['injected']} {row['demand']} in {row['rate']:.1%} [{row['low']:.1%}, {row['high']:.1%}] of {row['trials']} "
+        f"trials ({row['wanted']})"
+        for row in rows if row["rate"] is not None
     ]
-    weak = [row["injected"] for row in rows if not row["holds"]]
+    if not said:
+        return ("Power: not told, since no defect could be injected at this limit (the model's own error is above it, or what "
+                "resampling does was not measured).")
+    weak = [row["injected"] for row in rows if row["holds"] is False]
     end = f" This gate does not do what it should at {', '.join(weak)}: give it more images." if weak else ""
     return f"Power, by injected defects: {'; '.join(said)}.{end}"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -77,7 +78,7 @@ def sequential(
     if not rule.per_element:
         found = measure({**rule.options, "n": budget})
         return found, evaluate([found], rules, baselines)
-    asked = {key: rule.options.get(key, _default(rule.probe, key)) for key in ("level", "resamples")}
+    asked = {key: _asked(rule, key) for key in ("level", "resamples")}
     for look in looks.plan(budget, float(asked["level"])):
         how = {"n": look.images, "level": look.level, "resamples": look.resamples(int(asked["resamples"]))}
         found = looks.marked(measure({**rule.options, **how}), look, **asked)
@@ -87,8 +88,28 @@ def sequential(
     return found, verdicts
 
 
-def _default(probe: str, key: str) -> Any:
-    return resolve("probe", probe).Options.model_fields[key].default
+def _asked(rule: Rule, key: str) -> Any:
+    """An option of the rule's probe, as the rule has it or by default."""
+    return rule.options.get(key, resolve("probe", rule.probe).Options.model_fields[key].default)
+
+
+def _with_power(rule: Rule, subject: Any, found: Artifact, budget: int | None) -> Artifact:
+    """The artifact with the table `power`, where the rule has a limit and the features can be judged at all."""
+    from geomssl.probes import looks, power
+    from geomssl.reports.baseline import sample
+
+    n, level = budget or sample(found), float(_asked(rule, "level"))
+    if not rule.per_element or rule.limit is None or n is None:
+        return found
+    planned = looks.plan(n, level) if budget else (looks.Look(1, 1, n, n, level),)
+    options = parse(resolve("probe", rule.probe).Options, {**rule.options, "n": n}, f"options of {rule.probe}")
+    try:
+        table = power.measure(subject, options, rule.limit, planned, level)
+    except GeomsslError as error:
+        if error.reason != "degenerate":
+            raise
+        return found
+    return dataclasses.replace(found, tables=[*found.tables, table])
 
 
 def _measured(
@@ -115,6 +136,7 @@ def _measured(
                 return module.probe(subject, parse(module.Options, options, f"options of {rule.probe}"))
 
             against = baselines if rule.compares else ()
+            within = None
             if budget is None:
                 found = measure(rule.options)
                 said = evaluate([found], Rules(rule=(rule,)), against)
@@ -122,6 +144,9 @@ def _measured(
                 rendered = rule.options.get("images", "data") != "data"
                 within = budget if rendered else min(budget, len(subject.source))
                 found, said = sequential(rule, measure, within, against)
+            if values["power"]:
+                found = _with_power(rule, subject, found, within)
+                said = evaluate([found], Rules(rule=(rule,)), against)
             found.save(folder)
             artifacts.append(found)
             verdicts += said
@@ -145,8 +170,9 @@ def _gate(runs: tuple[str, ...], rules: str, **values: Any) -> int:
             raise GeomsslError(given_both, "measured runs, or a model to measure", reason="bad-usage")
         artifacts, verdicts = _measured(read.rule, values, baselines)
     else:
-        if values["budget"] is not None:
-            raise GeomsslError("--budget with measured runs", "--checkpoint or --model, to measure", reason="bad-usage")
+        for key in ("budget", "power"):
+            if values[key]:
+                raise GeomsslError(f"--{key} with measured runs", "--checkpoint or --model, to measure", reason="bad-usage")
         artifacts = collect(runs)
         verdicts = judge.evaluate(artifacts, read, baselines)
     record = json.dumps(judge.records(verdicts, values["inconclusive"]), indent=1, allow_nan=False)
@@ -174,6 +200,7 @@ gate = click.Command(
             "--budget", type=click.IntRange(min=2), metavar="N",
             help="measure at planned looks within N images, and stop at the first that decides",
         ),
+        option("--power", is_flag=True, help="put defects of L/2, L and 2L into the model, and count the verdicts on them"),
         option(
             "--baseline", multiple=True, metavar="ARTIFACT",
             help="artifact.json, its folder or a run: what rules with max_increase or max_ratio compare with",
