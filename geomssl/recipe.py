@@ -97,19 +97,41 @@ def _schedule(given: Any, where: str) -> Schedule:
 
 
 def read(path: Path | str) -> dict[str, Any]:
-    """A recipe file, or an installed recipe by its bare name, as a dictionary."""
-    path = Path(path)
-    if not path.is_file() and path.suffix != ".toml" and path.name == str(path):
-        from importlib.resources import files
+    """A recipe file, or an installed recipe by its name (digits-simclr, hssl/mnist-rotation), as a dictionary."""
+    return read_toml(located(path))
 
-        installed = {p.name.removesuffix(".toml"): p for p in files("geomssl.recipes").iterdir() if p.name.endswith(".toml")}
-        if path.name in installed:
-            return read_toml(str(installed[path.name]))
-        raise GeomsslError(
-            f"no recipe {path.name!r}", f"a TOML file, or one of {', '.join(sorted(installed))}",
-            nearest(path.name, installed), reason="no-file",
-        )
-    return read_toml(path)
+
+def located(path: Path | str) -> Path:
+    """The TOML file that was meant: the file itself, or an installed one by its name without .toml."""
+    path = Path(path)
+    if path.is_file() or path.suffix == ".toml":
+        return path
+    found = installed()
+    if str(path) in found:
+        return found[str(path)]
+    raise GeomsslError(
+        f"no recipe {str(path)!r}", f"a TOML file, or one of {', '.join(found)}", nearest(str(path), found), reason="no-file"
+    )
+
+
+def installed() -> dict[str, Path]:
+    """Every TOML file that comes with geomssl, by its path without .toml; those in sub-folders last."""
+    from importlib.resources import files
+
+    folder = Path(str(files("geomssl.recipes")))
+    names = sorted((path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.toml")), key=_depth)
+    return {name: folder / f"{name}.toml" for name in names}
+
+
+def _depth(name: str) -> tuple[int, str]:
+    return name.count("/"), name
+
+
+def differing(was: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What two plain recipes differ in, as "optim.lr = 0.1 (was 0.03)"; what merely rounds differently (MACHINE) aside."""
+    old, new = flat(was), flat(wanted)
+    keys = sorted(key for key in (old.keys() | new.keys()) - MACHINE if old.get(key) != new.get(key))
+    return [f"{key} = {new.get(key)} (was {old.get(key)})" for key in keys]
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -40,9 +40,9 @@ def recipes() -> None:
     Example:
       geomssl recipes
     """
-    from importlib.resources import files as resources
+    from geomssl.recipe import installed
 
-    for path in sorted(resources("geomssl.recipes").iterdir(), key=lambda p: p.name):
-        if path.name.endswith(".toml"):
-            first = path.read_text().splitlines()[0].lstrip("# ")
-            click.echo(f"{path.name.removesuffix('.toml'):<20} {first}")
+    found = installed()
+    width = max(map(len, found)) + 2
+    for name, path in found.items():
+        click.echo(f"{name:<{width}}{path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
