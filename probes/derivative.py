@@ -117,7 +117,7 @@ def measure(task: Task) -> tuple[list[Found], list[str]]:
     left: dict[str, list[str]] = {}
     for x, tangents in task.batches(task.generators):
         for g, (chosen, moving) in enumerate(zip(task.generators, tangents, strict=True)):
-            features, slopes = pushed(lambda images: tuple(task.reader.features(images)), task.module, x, moving)
+            features, slopes = pushed(task.reader.features, task.module, x, moving)
             for i, (values, slope, layer) in enumerate(zip(features, slopes, layers, strict=True)):
                 declared, said = declared_flow(
                     values, layer, chosen, task.group, task.image_size, task.action, task.difference

@@ -6,14 +6,16 @@ import contextlib
 import functools
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from geomssl.data.rendered import Rendered
 from geomssl.encoders.geometry import Geometry
@@ -174,19 +176,47 @@ def forward_mode() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def pushed(run: Any, module: torch.nn.Module, images: Tensor, tangents: Tensor) -> tuple[Any, Any]:
-    """(run(x), J run(x) tangents) in one forward pass. GeomsslError naming the layer and operation without a forward mode."""
+class _Kernels(TorchFunctionMode):
+    """Convolutions of a dual tensor with a plain kernel: one for values, one for tangents, where torch runs three."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not torch.conv2d or len(args) < 2 or "bias" in kwargs or any(_slope(a) is not None for a in args[1:3]):
+            return func(*args, **kwargs)
+        slope = _slope(args[0])
+        if slope is None:
+            return func(*args, **kwargs)
+        plain = forward_ad.unpack_dual(args[0]).primal
+        bare = (slope, args[1], None, *args[3:])
+        return forward_ad.make_dual(func(plain, *args[1:], **kwargs), func(*bare, **kwargs))
+
+
+def _slope(value: Any) -> Tensor | None:
+    found: Tensor | None = forward_ad.unpack_dual(value).tangent if isinstance(value, Tensor) else None
+    return found
+
+
+def push(run: Callable[[Tensor], Sequence[Tensor]], images: Tensor, tangents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of run(x) and J run(x) tangents, in one forward pass."""
+    with forward_mode(), forward_ad.dual_level(), _Kernels():
+        # A model may overwrite its input.
+        pairs = [forward_ad.unpack_dual(out) for out in run(forward_ad.make_dual(images.clone(), tangents.clone()))]
+    return [p.primal for p in pairs], [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]
+
+
+def pushed(
+    run: Callable[[Tensor], Sequence[Tensor]], module: torch.nn.Module, images: Tensor, tangents: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """push, and a GeomsslError naming the layer and the operation that has no forward mode."""
     try:
-        with forward_mode():
-            # A model may overwrite its input.
-            return jvp(run, images.clone(), tangents.clone())
+        return push(run, images, tangents)
     except (NotImplementedError, RuntimeError) as error:
         said = " ".join(str(error).split())
         if not any(word in said for word in ("forward AD", "forward-mode", "forward mode", "jvp")):
             raise
         where = _stopped(run, module, images, tangents)
         operation = said.split(" that does not support")[0].removeprefix("Trying to use forward AD with ")
-        operation = "an autograd.Function without jvp" if "autograd.Function" in said else operation[:80]
+        operation = "an autograd.Function without jvp" if "Function" in said else operation[:80]
         raise GeomsslError(
             f"{where} without a forward mode: {operation}", "operations that torch can differentiate forward",
             reason="no-forward-mode",
@@ -200,8 +230,8 @@ def _stopped(run: Any, module: torch.nn.Module, images: Tensor, tangents: Tensor
         inner.register_forward_pre_hook(functools.partial(_enter, entered, name)) for name, inner in module.named_modules()
     ]
     try:
-        with forward_mode(), contextlib.suppress(NotImplementedError, RuntimeError):
-            jvp(run, images.clone(), tangents.clone())
+        with contextlib.suppress(NotImplementedError, RuntimeError):
+            push(run, images, tangents)
     finally:
         for handle in handles:
             handle.remove()

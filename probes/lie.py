@@ -49,7 +49,7 @@ def lie_derivative(
     images: (n, C, H, W) floats, whose tangent is -v . grad x by differences of pixels, or Rendered pictures, whose tangent
     is exact (in `dtype`, that of the model's weights unless given). model: images to features (n, ...); an Encoder is taken
     at its fibres. Γ: "trivial" leaves features as they are (vectors, and whatever only changes colour); "spatial" moves a
-    map as the image, at its own stride and offset; auto: spatial for maps. The tangent is pushed by torch.func.jvp.
+    map as the image, at its own stride and offset; auto: spatial for maps. The tangent is pushed in forward mode.
     Frame: x right, y down, the centre the image's.
     Raises GeomsslError for an operation without a forward mode, named with its layer. Gruver et al., The Lie
     Derivative for Measuring Learned Equivariance (2023), there by two backward passes through a bilinear sampler.
@@ -60,7 +60,7 @@ def lie_derivative(
     f = model.fibres if isinstance(model, Encoder) else model
     with evaluating(model), torch.no_grad():
         x, moving = _moving(images, module, chosen, difference, dtype)
-        features, slope = pushed(f, module, x, moving)
+        (features,), (slope,) = pushed(lambda images: [f(images)], module, x, moving)
         placed = geometry(f, x[:1]) if features.dim() >= 4 else None
         layer = single(f, features, placed).layers[0]
         group, size = getattr(model, "group", None), (x.shape[2], x.shape[3])
@@ -90,7 +90,7 @@ class Options(subject.Options):
     """Settings of the Lie derivative probe."""
 
     n: int | None = Field(128, ge=2, description="images to use")
-    generators: tuple[str, ...] = Field(DEFAULT, description=f"what moves: {', '.join(GENERATORS)}")
+    generator: tuple[str, ...] = Field(DEFAULT, description=f"what moves: {', '.join(GENERATORS)}")
     layer: tuple[str, ...] = Field(
         ("fibres", "h"), description="which features: fibres, h, names of modules, wild cards (layer*), or all; in one pass"
     )
@@ -114,7 +114,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     """The Lie derivative of an encoder's layers along translations, rotation, zoom, shear, hue and brightness."""
     encoder, device, dtype = subject.encoder, subject.device, subject.dtype
     size: Size = (subject.source.size,) * 2
-    chosen, notes = _active([named_generator(name) for name in dict.fromkeys(options.generators)], subject.source.channels)
+    chosen, notes = _active([named_generator(name) for name in dict.fromkeys(options.generator)], subject.source.channels)
     if options.images == "data":
         subject.need(2, "a Lie derivative")
         rows = subject.choose(options)
@@ -156,8 +156,8 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         definition=(
             "L f = J_f (d/dt T_{g_t} x) − d/dt Γ_{g_t} f(x) at t = 0: what the features do as the image moves, minus what "
             "they are declared to do; 0 where f is equivariant to first order. The figure is √(Σ‖L f‖² / Σ‖f − mean‖²) over "
-            "images: the share of the features' own spread by which they go wrong for one unit of movement. Vectors are "
-            "declared to stay (Γ trivial), maps to move as the image (at their own stride and offset). relative = "
+            "images: the share of the features' own spread by which they miss what is declared, for one unit of movement. "
+            "Vectors are declared to stay (Γ trivial), maps to move as the image (at their own stride and offset). relative = "
             "√(Σ‖L f‖² / (Σ‖J T x‖² + Σ‖dΓ f‖²)): 0 equivariant, 1 where the two are unrelated; it is 1 for every vector."
         ),
         metrics=_metrics(found, figures, len(rows), options),
@@ -259,8 +259,9 @@ def _headline(found: Sequence[Found], figures: Sequence[_Figure]) -> str:
     if not here:
         return f"The features {last} hardly vary from image to image: nothing can be told about how they change."
     said = ", ".join(f"{v.value:.2g} for a {f.generator.shown} ({f.generator.name})" for f, v in here[:7])
-    held = "declared to move as the image" if here[0][0].action == "spatial" else "declared to stay"
-    return f"{last}, {held}, goes wrong by this share of its spread: {said}."
+    if here[0][0].action == "spatial":
+        return f"{last} misses the movement of the image by this share of its spread: {said}."
+    return f"{last} changes by this share of its spread: {said}."
 
 
 def _notes(found: Sequence[Found], options: Options, drawn: Rendered | None) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ def shares(encoder: nn.Module, task: Task, seed: int, level: float, resamples: i
     undefined: dict[int, set[str]] = {}
     for x, tangents in task.batches(task.generators):
         for g, (chosen, moving) in enumerate(zip(task.generators, tangents, strict=True)):
-            raw, slopes = pushed(lambda images: tuple(run(images)[s] for s in sources), task.module, x, moving)
+            raw, slopes = pushed(functools.partial(_chosen, run, sources), task.module, x, moving)
             flows = [_declared(task, chosen, of[s], values) for s, values in zip(sources, raw, strict=True)]
             undefined.setdefault(g, set()).update(s for s, f in zip(sources, flows, strict=True) if f is None)
             if flows[-1] is None:
@@ -75,6 +76,11 @@ def _declared(task: Task, chosen: Generator, layers: list[Layer], raw: Tensor) -
     parts = [declared_flow(layer.of(raw), layer, chosen, *how)[0] for layer in layers]
     known = [part.flatten(1) for part in parts if part is not None]
     return torch.cat(known, dim=1) if len(known) == len(parts) else None
+
+
+def _chosen(run: Any, sources: list[str], images: Tensor) -> list[Tensor]:
+    given = run(images)
+    return [given[source] for source in sources]
 
 
 def _runner(encoder: nn.Module, task: Task) -> tuple[Any, list[str]]:

@@ -163,7 +163,7 @@ def rows(found, table="lie"):
 
 def test_all_layers_of_one_pass_are_what_each_gives_alone():
     made = subject()
-    found = rows(probe(made, Options(layer=("convs.0", "norms.1", "fibres", "h"), generators=("zoom", "translate-y"))))
+    found = rows(probe(made, Options(layer=("convs.0", "norms.1", "fibres", "h"), generator=("zoom", "translate-y"))))
     assert [(r["movement"], r["layer"]) for r in found] == [
         (g, layer) for g in ("zoom", "translate-y") for layer in ("convs.0", "norms.1", "fibres", "h")
     ]
@@ -199,13 +199,13 @@ def test_the_figures_do_not_depend_on_the_scale_of_the_features_nor_on_the_batch
             return fibres.mean((2, 3, 4))
 
     made = subject()
-    plain = rows(probe(made, Options(generators=("rotate",))))
-    scaled = rows(probe(subject(module=Scaled(made.encoder, -7.0, 3.0)), Options(generators=("rotate",))))
+    plain = rows(probe(made, Options(generator=("rotate",))))
+    scaled = rows(probe(subject(module=Scaled(made.encoder, -7.0, 3.0)), Options(generator=("rotate",))))
     for a, b in zip(plain, scaled, strict=True):
         assert a["value"] == pytest.approx(b["value"], rel=1e-9)
         assert a["low"] == pytest.approx(b["low"], rel=1e-9)
     made.batch_size = 24
-    again = rows(probe(made, Options(generators=("rotate",))))
+    again = rows(probe(made, Options(generator=("rotate",))))
     assert [r["value"] for r in again] == pytest.approx([r["value"] for r in plain], rel=1e-12)
 
 
@@ -231,7 +231,7 @@ def test_shares_are_the_defect_of_each_segment_carried_to_the_end():
     torch.manual_seed(1)
     net = Net().double().requires_grad_(False)
     made = subject(module=encoders.wrap(net, in_channels=1), size=10)
-    options = Options(layer=("first", "branch", "after", "down", "head", "h"), generators=("zoom", "brightness"), shares=True)
+    options = Options(layer=("first", "branch", "after", "down", "head", "h"), generator=("zoom", "brightness"), shares=True)
     found = probe(made, options)
     assert any("around them: branch" in note for note in found.notes)
     table = rows(found, "shares")
@@ -282,7 +282,7 @@ def test_a_sum_of_shares_that_is_not_one_is_a_fault():
 
 
 def test_a_small_turn_of_oriented_fibres_is_left_out_and_said():
-    found = probe(subject("c4-cnn"), Options(generators=("rotate", "translate-x"), shares=True))
+    found = probe(subject("c4-cnn"), Options(generator=("rotate", "translate-x"), shares=True))
     measured = [(r["movement"], r["layer"]) for r in rows(found)]
     assert measured == [("rotate", "h"), ("translate-x", "fibres"), ("translate-x", "h")]
     assert any("rotate at fibres" in note and "c4 declares no action" in note for note in found.notes)
@@ -296,7 +296,7 @@ def test_the_artifact_is_whole_and_survives_the_disk(tmp_path):
     assert [m.name for m in found.metrics] == [f"lie_{g}" for g in lie.DEFAULT]
     assert all(m.n == 10 and m.interval.low <= m.value <= m.interval.high for m in found.metrics)
     assert found.metric("lie_rotate").unit == "spread per degree"
-    assert found.headline.startswith("h, declared to stay")
+    assert found.headline.startswith("h changes by this share of its spread")
     assert found.provenance["images"] == "fields"
     again = artifact.load(found.save(tmp_path))
     assert again.to_json() == found.to_json()
@@ -307,12 +307,12 @@ def test_natural_images_fields_and_phantoms_are_all_taken():
     pixels = torch.randint(0, 256, (12, 1, 14, 14), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     made = subject()
     natural = Subject(made.encoder, Resident("noise", "test", pixels, None), dtype=DOUBLE, provenance={"run": "r"})
-    found = probe(natural, Options(generators=("rotate", "hue")))
+    found = probe(natural, Options(generator=("rotate", "hue")))
     assert any("central differences of pixels" in note for note in found.notes)
     assert any(note.startswith("hue: left out") for note in found.notes)
     assert {r["movement"] for r in rows(found)} == {"rotate"}
     for kind in ("fields", "phantoms"):
-        found = probe(natural, Options(n=6, generators=("rotate",), images=kind, bandwidth=0.4))
+        found = probe(natural, Options(n=6, generator=("rotate",), images=kind, bandwidth=0.4))
         assert (found.provenance["images"], found.metric("lie_rotate").n) == (kind, 6)
         assert any("tangents are exact" in note for note in found.notes)
 
@@ -346,7 +346,7 @@ def test_overwriting_statistics_and_attention_are_taken_and_leave_no_trace():
     assert net.training
     assert found.shape == (9, 16, 8)
     made = Subject(encoders.wrap(net, in_channels=1), data.load("fields", "test", size=16, n=9), provenance={"run": "r"})
-    table = rows(probe(made, Options(generators=("translate-x",), layer=("fibres", "patch"))))
+    table = rows(probe(made, Options(generator=("translate-x",), layer=("fibres", "patch"))))
     assert {r["action"] for r in table} == {"spatial"}
 
 
@@ -380,7 +380,7 @@ def test_a_constant_network_is_degenerate_and_says_so():
         def pool(self, fibres):
             return fibres.mean((2, 3, 4))
 
-    found = probe(subject(module=Constant()), Options(generators=("zoom", "brightness"), shares=True))
+    found = probe(subject(module=Constant()), Options(generator=("zoom", "brightness"), shares=True))
     assert {r["degenerate"] for r in rows(found)} == {True}
     assert all(m.value is None for m in found.metrics)
     assert "nothing can be told" in found.headline
@@ -390,7 +390,7 @@ def test_a_constant_network_is_degenerate_and_says_so():
 
 def test_crop_judges_only_what_sees_the_image_alone():
     made = subject(size=16)
-    one = {"generators": ("translate-x",), "layer": ("convs.0", "convs.1")}
+    one = {"generator": ("translate-x",), "layer": ("convs.0", "convs.1")}
     whole, cropped = (
         {r["layer"]: r["value"] for r in rows(probe(made, Options(**one, boundary=edge)))} for edge in ("interior", "crop")
     )
@@ -402,10 +402,10 @@ def test_crop_judges_only_what_sees_the_image_alone():
     ("call", "said"),
     [
         (lambda: lie_derivative(nn.Identity(), X, "rotat"), "did you mean 'rotate'"),
-        (lambda: probe(subject(), Options(generators=("translatex",))), "did you mean 'translate-x'"),
-        (lambda: probe(subject(), Options(generators=("hue",))), "one that changes such images"),
+        (lambda: probe(subject(), Options(generator=("translatex",))), "did you mean 'translate-x'"),
+        (lambda: probe(subject(), Options(generator=("hue",))), "one that changes such images"),
         (lambda: probe(subject(), Options(layer=("conv.0",))), "unknown layer 'conv.0'"),
-        (lambda: probe(subject(size=8), Options(boundary="crop", generators=("zoom",))), "boundary interior"),
+        (lambda: probe(subject(size=8), Options(boundary="crop", generator=("zoom",))), "boundary interior"),
         (lambda: lie_derivative(nn.Sequential(nn.Conv2d(1, 2, 3), Backward()), X.float(), "zoom"), "layer '1' (Backward)"),
         (lambda: lie_derivative(nn.Sequential(nn.Identity(), Bag()), X, "zoom"), "_embedding_bag"),
     ],
