@@ -10,7 +10,6 @@ summary and, as properties, into --junit-xml. At import this needs the standard 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,6 +22,11 @@ INI: dict[str, tuple[str, str, Callable[[str], Any], str]] = {
     "equivariance_n": ("n", "", int, "assert_equivariant: images to draw where none are given"),
     "equivariance_seed": ("seed", "", int, "assert_equivariant: the seed of every draw"),
 }
+# What assert_equivariant and equivariance_error can be told, by name, so that a mistake is found before torch is imported.
+OPTIONS = (
+    "transform", "tolerance", "images", "action", "params", "n", "in_channels", "size", "seed", "geometry", "boundary",
+    "reference", "clusters", "level", "resamples", "batch_size", "share",
+)
 PREFIX = "equivariance"
 
 
@@ -40,9 +44,9 @@ def pytest_configure(config: Any) -> None:
 def _fixture(request: Any, record_property: Callable[[str, object], None]) -> Callable[..., Any]:
     """assert_equivariant(model, transform=None, tolerance=None, **options) -> EquivarianceError.
 
-    geomssl.probes.equivariance.assert_equivariant with its options, transform also by its short name ("c4"), and with what
-    it measured recorded. Fails the test where the model is not equivariant, and where nothing can be told (degenerate
-    features, a pair that resamples). An option that does not exist is a GeomsslError that names the nearest.
+    geomssl.probes.equivariance.assert_equivariant with its options; transform also as an expression ("c4", "rotate(15, 30)");
+    what was measured is recorded. Fails the test where the model is not equivariant, and where nothing can be told (degenerate
+    features, a pair that resamples without a bound). An option that does not exist is a GeomsslError that names the nearest.
     """
     calls = 0
 
@@ -50,8 +54,6 @@ def _fixture(request: Any, record_property: Callable[[str, object], None]) -> Ca
         nonlocal calls
         calls += 1
         from geomssl.errors import GeomsslError
-        from geomssl.probes.equivariance import NotEquivariant, assert_equivariant
-        from geomssl.transforms import named
 
         given = {key: value for key, value in {"transform": transform, "tolerance": tolerance}.items() if value is not None}
         chosen = {**_from_ini(request.config), **_from_marker(request.node), **options, **given}
@@ -60,11 +62,17 @@ def _fixture(request: Any, record_property: Callable[[str, object], None]) -> Ca
             raise GeomsslError(
                 "assert_equivariant without a tolerance", "tolerance=... in the call or the marker, or equivariance_tolerance"
             )
+        from geomssl.probes.elements import spoken
+        from geomssl.probes.equivariance import NotEquivariant, assert_equivariant
+
         wanted, limit = chosen.pop("transform"), float(chosen.pop("tolerance"))
         what = {"transform": wanted if isinstance(wanted, str) else wanted.name, "tolerance": limit}
+        if isinstance(wanted, str):
+            wanted, listed = spoken(wanted)
+            chosen = {"params": listed, **chosen}
         outcome, found = "pass", None
         try:
-            found = assert_equivariant(model, named(wanted) if isinstance(wanted, str) else wanted, limit, **chosen)
+            found = assert_equivariant(model, wanted, limit, **chosen)
         except NotEquivariant as error:
             outcome, found = "fail" if error.judged else "refused", error.found
             raise
@@ -124,14 +132,10 @@ def _from_marker(node: Any) -> dict[str, Any]:
 
 def _refuse_unknown(chosen: Iterable[str]) -> None:
     from geomssl.errors import unknown
-    from geomssl.probes import equivariance
 
-    both = [*inspect.signature(equivariance.assert_equivariant).parameters.values()]
-    both += [*inspect.signature(equivariance.equivariance_error).parameters.values()]
-    valid = {p.name for p in both if p.kind is not inspect.Parameter.VAR_KEYWORD} - {"model"}
     for key in chosen:
-        if key not in valid:
-            raise unknown("option of assert_equivariant", key, valid)
+        if key not in OPTIONS:
+            raise unknown("option of assert_equivariant", key, OPTIONS)
 
 
 def _figures(found: Any) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """JUnit XML, Markdown and numbers: what machines and people read of a verdict."""
 
 import dataclasses
+import json
+import math
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -9,9 +11,9 @@ from report_samples import RUNS, equivariance, linear
 from geomssl.artifact import Interval, Metric
 from geomssl.errors import GeomsslError
 from geomssl.reports import markdown
-from geomssl.reports.gate import Rule, Rules, evaluate
-from geomssl.reports.junit import junit
-from geomssl.reports.markdown import append_step_summary, summary
+from geomssl.reports.gate import Rule, Rules, evaluate, exit_code, records
+from geomssl.reports.junit import MESSAGE, TEXT, junit
+from geomssl.reports.markdown import ANNOTATIONS, annotations, append_step_summary, summary
 from geomssl.reports.numbers import bounds, figure, number
 
 RULES = Rules(rule=(
@@ -54,6 +56,66 @@ class TestJUnit:
     def test_names_that_xml_cannot_hold(self, verdicts):
         odd = dataclasses.replace(verdicts[0], rule="a\x00\x1b[31m<&\"\ud800", run="\ufffe")
         assert next(ET.fromstring(junit([odd]).encode()).iter("testcase")).get("name") == 'a��[31m<&"�'
+
+
+    def test_messages_and_texts_are_bounded(self, verdicts):
+        long = dataclasses.replace(verdicts[0], rule="r" * 9999, expected="x" * 9999, why=["y" * 99_999])
+        (case,) = ET.fromstring(junit([long])).iter("testcase")
+        assert len(case.get("name")) == MESSAGE
+        failure = next(case.iter("failure"))
+        assert len(failure.get("message")) == MESSAGE
+        assert len(failure.text) <= TEXT
+        assert failure.text.endswith("…")
+
+    def test_look_baseline_and_power_are_properties(self, verdicts):
+        look = {"number": 2, "of": 3, "images": 64, "budget": 128, "level": 0.99, "asked": {"level": 0.95}}
+        full = dataclasses.replace(
+            verdicts[0], look=look, baseline="main", max_increase=0.1, power=[{"injected": "2L", "rate": 0.98}]
+        )
+        (case,) = ET.fromstring(junit([full])).iter("testcase")
+        found = {p.get("name"): p.get("value") for p in case.iter("property")}
+        shown = {"look": "2 of 3", "level": "0.99", "baseline": "main", "max_increase": "0.1", "power 2L": "0.98"}
+        assert shown.items() <= found.items()
+
+
+class TestJSON:
+    def test_says_what_the_exit_code_says_and_holds_every_verdict(self, verdicts):
+        for how in ("error", "fail", "pass"):
+            found = json.loads(json.dumps(records(verdicts, how), allow_nan=False))
+            assert found["schema"] == 1
+            assert found["exit_code"] == exit_code(verdicts, how)
+        assert found["counts"] == {"fail": 2, "inconclusive": 2, "pass": 3}
+        assert [v["rule"] for v in found["verdicts"]] == [v.rule for v in verdicts]
+        assert found["verdicts"][0]["interval"]["high"] == verdicts[0].interval.high
+
+    def test_what_is_not_finite_is_null(self, verdicts):
+        odd = dataclasses.replace(verdicts[0], found=math.nan, options={"a": (math.inf, "b")})
+        found = json.loads(json.dumps(records([odd]), allow_nan=False))["verdicts"][0]
+        assert found["found"] is None
+        assert found["options"] == {"a": [None, "b"]}
+
+
+class TestAnnotations:
+    def test_failures_are_errors_and_come_first_and_passes_are_silent(self, verdicts):
+        lines = annotations(verdicts)
+        assert [line.split(" ")[0] for line in lines] == ["::error"] * 2 + ["::warning"] * 2
+        assert lines[0].startswith("::error title=geomssl gate%3A turns (simclr-cnn)::fail: expected total < 0.01")
+
+    def test_there_are_at_most_ten_and_the_last_counts_the_rest(self, verdicts):
+        failed = [v for v in verdicts if v.verdict == "fail"]
+        assert len(annotations(failed * 5)) == ANNOTATIONS == 10
+        lines = annotations(failed * 6)
+        assert len(lines) == ANNOTATIONS
+        assert lines[-1] == "::error title=geomssl gate::3 more rules did not pass: see the summary"
+        assert annotations([v for v in verdicts if v.verdict == "pass"]) == []
+
+    def test_a_name_cannot_end_the_command_or_start_another(self, verdicts):
+        odd = dataclasses.replace(verdicts[0], rule="a::b,c\n::error::x %", expected="1\r\n::warning::y")
+        (line,) = annotations([odd])
+        assert "\n" not in line
+        assert "\r" not in line
+        title = line.split("::")[1]
+        assert title == "error title=geomssl gate%3A a%3A%3Ab%2Cc%0A%3A%3Aerror%3A%3Ax %25 (simclr-cnn)"
 
 
 def cells(line):
