@@ -99,6 +99,21 @@ def test_bound_holds_for_every_batch(seed, n, p, beta):
     assert slack.item() == pytest.approx(expected.item(), abs=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("denominator", DENOMINATORS)
+def test_half_precision_is_computed_in_float32_also_under_autocast(dtype, denominator):
+    """Only the rounding of the inputs remains: bf16 similarities would be off by 1e-2."""
+    z1, z2 = (z.to(dtype) for z in pairs(n=20))
+    exact = info_nce(z1.double(), z2.double(), 10.0, denominator, symmetric=True).item()
+    for on in (False, True):
+        with torch.autocast("cpu", dtype=dtype, enabled=on):
+            found = info_nce(z1, z2, 10.0, denominator, symmetric=True)
+            float32 = info_nce(z1.float(), z2.float(), 10.0, denominator, symmetric=True)
+        assert found.dtype == torch.float32
+        assert found.item() == pytest.approx(exact, rel=1e-5)
+        assert torch.equal(found, float32)
+
+
 @pytest.mark.parametrize(
     ("given_pair", "said"),
     [
