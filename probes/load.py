@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import geomssl
 from geomssl import checkpoint, data
-from geomssl.config import merge, parse
+from geomssl.config import Settings, merge, parse
 from geomssl.data.base import Source, Split
 from geomssl.encoders import for_images, foreign, wrap
 from geomssl.encoders.base import Encoder
@@ -69,10 +69,9 @@ def of_run(
 
     trained_on: the run's training split, whose shape the encoder has. source, train: what is measured. how: of Subject.
     """
-    # the library's own weights would be fetched only to be replaced
-    ours = {"encoder": recipe.encoder.model_copy(update={"pretrained": False})}
-    blank = recipe.model_copy(update=ours) if getattr(recipe.encoder, "pretrained", False) else recipe
-    learner = initialise(blank, trained_on.channels, trained_on.size, len(trained_on.classes))
+    # a library's own weights would be fetched only to be replaced
+    recipe = recipe.model_copy(update={"encoder": _random(recipe.encoder)})
+    learner = initialise(recipe, trained_on.channels, trained_on.size, len(trained_on.classes))
     learner.load_state_dict(weights)
 
     def untrained() -> Encoder:
@@ -112,14 +111,14 @@ def from_encoder(
     source, train = data.load_config(section, split), data.load_config(section, "train")
     config = parse(resolve("encoder", name).Config, {"name": name, **options}, f"encoder {name}")
 
-    def random() -> Encoder:
+    def built(settings: Settings) -> Encoder:
         with seeded(0, "initialise"):
-            return for_images(config, source.channels, source.size)
+            return for_images(settings, source.channels, source.size)
 
-    encoder = random()
+    encoder, bare = built(config), _random(config)
     loaded = _weights(encoder, weights, prefix, builtin=name in BUILTIN["encoder"])
     return Subject(
-        encoder, source, train=train, untrained=random if weights else None, **how,
+        encoder, source, train=train, untrained=(lambda: built(bare)) if weights or bare != config else None, **how,
         provenance={
             "run": Path(weights).stem if weights else name.replace(":", "-"), "encoder": name, **loaded, **_about(source, how),
         },
@@ -169,6 +168,11 @@ class Before(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self._capture.one(images).flatten(1)
+
+
+def _random(config: Settings) -> Settings:
+    """The settings of an encoder without the weights of a library."""
+    return config.model_copy(update={"pretrained": False}) if getattr(config, "pretrained", False) else config
 
 
 def _weights(module: nn.Module, path: Path | str | None, prefix: str, builtin: bool = False) -> dict[str, Any]:

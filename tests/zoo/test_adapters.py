@@ -205,3 +205,16 @@ def test_weights_that_cannot_be_had_are_one_line(name, monkeypatch):
     assert "cannot be had" in str(caught.value)
     assert "--weights" in str(caught.value)
     assert caught.value.reason == "no-weights"
+
+
+def test_a_pretrained_run_is_measured_without_fetching_its_weights_again(tmp_path, monkeypatch, capsys):
+    import timm.models._builder
+
+    fetched = []
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *_, **__: fetched.append(1))
+    out = str(tmp_path / "run.pt")
+    flags = ["--encoder", "timm:test_byobnet", "--set", "encoder.pretrained=true", "--objective", "frozen", "--epochs", "1"]
+    assert main(["train", *flags, "--batch-size", "512", "--quiet", "--out", out]) == 0, capsys.readouterr().err
+    assert fetched == [1]
+    assert main(["linear", "--checkpoint", out, "--quiet", "--n", "64"]) == 0, capsys.readouterr().err
+    assert fetched == [1]
