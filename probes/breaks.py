@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from geomssl.probes.static import SYMMETRIC, Call, Move, Pair
+from geomssl.probes.filters import SYMMETRIC
+from geomssl.probes.static import Call, Move, Pair
 from geomssl.transforms.base import Size, Transform
 from geomssl.transforms.geometric import HorizontalFlip, Translate
 from geomssl.transforms.groups import CyclicRotations, Dihedral, Flips, Translations
@@ -175,11 +177,8 @@ def sizes(calls: Sequence[Call], move: Move, upto: Call | None = None) -> tuple[
     if not asked:
         return "every size", None
     start = _image_size(calls)
-    period = 1
-    for call in asked:
-        whole = max(round(r * s) for r, s in zip(call.reach, call.down, strict=True))
-        period = max(period, whole)
-    if period > LONGEST or start is None:
+    period = math.lcm(*(max(1, round(r * s)) for call in asked for r, s in zip(call.reach, call.down, strict=True)))
+    if period > LONGEST or start is None or any(call.what == "unread" for call in calls):
         return "not worked out", None
 
     def good(n: int) -> bool:
@@ -187,15 +186,15 @@ def sizes(calls: Sequence[Call], move: Move, upto: Call | None = None) -> tuple[
         return all(_fits(call, _sized(call, by_number, known), move) for call in asked)
 
     base = start + 2 * period
-    whole = [good(base + i) for i in range(2 * period)]
-    if whole[:period] != whole[period:]:
+    fits = [good(base + i) for i in range(2 * period)]
+    if fits[:period] != fits[period:]:
         return "not worked out", None
-    if all(whole):
+    if all(fits):
         return "every size", start
-    if not any(whole):
+    if not any(fits):
         return "no size", None
-    modulus = next(q for q in range(1, period + 1) if period % q == 0 and all(whole[i] == whole[i % q] for i in range(period)))
-    residues = sorted((base + i) % modulus for i in range(modulus) if whole[i])
+    modulus = next(q for q in range(1, period + 1) if period % q == 0 and all(fits[i] == fits[i % q] for i in range(period)))
+    residues = sorted((base + i) % modulus for i in range(modulus) if fits[i])
     said = " or ".join(str(r) for r in residues[:4]) + (" or ..." if len(residues) > 4 else "")
     around = sorted(range(max(1, start - period), start + 2 * period + 1), key=lambda n: (abs(n - start), -n))
     near = next((n for n in around if n % modulus in residues and good(n)), None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from geomssl.encoders.group_conv import GroupConv2d
+from geomssl.probes.filters import asymmetry
 from geomssl.transforms.base import Size
 
 Move = Literal["90°", "180°", "mirror", "shift"]
@@ -37,9 +37,11 @@ LAYOUT = {
     "movedim", "contiguous", "expand", "repeat_interleave", "chunk", "split", "unbind", "stack", "swapaxes", "view_as",
     "__get__",
 }
+PERMUTING = {"permute", "transpose", "swapaxes", "movedim"}
+# Those that may also cut a map into pieces.
+CUTTING = {"view", "reshape"}
+UPRIGHT = (0, 1, 2, 3)
 WATCHED = {*GRIDS, *NONLINEAR, *MIXING, "pad", "linear"}
-# Filters that differ from their turned selves by less than this share count as symmetric: rounding of float32.
-SYMMETRIC = 1e-5
 
 
 @dataclass(frozen=True)
@@ -161,6 +163,8 @@ class _Reader(Watch):
         self.families: dict[int, frozenset[int]] = {}
         self.padded: dict[int, Call] = {}
         self.flat: dict[int, Size] = {}
+        # Which axis of (N, C, H, W) each axis is, where a map was permuted.
+        self.axes: dict[int, tuple[int, ...]] = {}
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         given = [t for t in _tensors((args, kwargs)) if id(t) in self.known]
@@ -189,7 +193,7 @@ class _Reader(Watch):
             self.calls.append(replace(made, what="position"))
         elif name == "linear" and id(given[0]) in self.flat:
             self.calls.append(replace(made, what="linear over places", size_in=self.flat[id(given[0])], size_out=(1, 1)))
-        elif name in NONLINEAR and given[0].dim() >= 4 and min(sizes[0]) >= 4:
+        elif name in NONLINEAR and given[0].dim() >= 4 and min(sizes[0]) >= 4 and self._upright(given[0]):
             self.calls.append(made)
         self._pass_on(given, output, source, reach, made.number)
         return output
@@ -208,7 +212,9 @@ class _Reader(Watch):
         unread = None
         for tensor in _tensors(output):
             maps = given[0].dim() >= 4 and tensor.dim() >= 4
-            if maps and name not in LAYOUT and tuple(tensor.shape[-2:]) != before[0][-2:]:
+            if name in PERMUTING and maps:
+                self.axes[id(tensor)] = _permuted(name, args, kwargs, self.axes.get(id(given[0]), UPRIGHT))
+            if maps and name not in LAYOUT - CUTTING and tuple(tensor.shape[-2:]) != before[0][-2:]:
                 unread = -1 - len(self.calls)  # not counted among the watched ones
                 self.calls.append(Call(
                     unread, self.places[-1][0], name, "unread", _size(before[0][-2:]), _size(tensor.shape[-2:]),
@@ -227,6 +233,8 @@ class _Reader(Watch):
         for tensor in _tensors(output):
             if id(tensor) not in self.known:
                 self._remember(tensor, source, reach, family)
+            if id(given[0]) in self.axes and id(tensor) not in self.axes and tensor.dim() == given[0].dim():
+                self.axes[id(tensor)] = self.axes[id(given[0])]
             self.families[id(tensor)] = family | self.families.get(id(tensor), frozenset())
             if id(given[0]) in self.flat and tensor.shape == given[0].shape:
                 self.flat[id(tensor)] = self.flat[id(given[0])]
@@ -237,6 +245,9 @@ class _Reader(Watch):
         for tensor in _tensors(output):
             self.known[id(tensor)] = (tensor, source, reach)
             self.families[id(tensor)] = family
+
+    def _upright(self, maps: Tensor) -> bool:
+        return self.axes.get(id(maps), UPRIGHT) == UPRIGHT
 
     def _read_grid(self, made: Call, entered: Tensor, args: Any, kwargs: Any) -> Call:
         pad = self.padded.get(id(entered))
@@ -268,6 +279,20 @@ def _marks(operand: Tensor, beside: Tensor, name: str) -> bool:
         tokens = values[..., values.shape[-2] - math.isqrt(values.shape[-2]) ** 2 :, :]
         return bool((tokens - tokens[..., :1, :]).abs().amax() > 0)
     return False
+
+
+def _permuted(name: str, args: Any, kwargs: Any, axes: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes after a permutation of a 4-axis map; () where it is another one."""
+    if len(axes) != 4 or kwargs or args[0].dim() != 4:
+        return ()
+    if name == "permute":
+        dims = args[1] if isinstance(args[1], (tuple, list)) else args[1:]
+        return tuple(axes[d] for d in dims)
+    if name in ("transpose", "swapaxes"):
+        order = list(axes)
+        order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
+        return tuple(order)
+    return ()
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
@@ -359,36 +384,3 @@ def _step(made: Call) -> tuple[float, float]:
     if made.adaptive or made.name == "interpolate":
         return made.size_in[0] / made.size_out[0], made.size_in[1] / made.size_out[1]
     return float(made.stride[0]), float(made.stride[1])
-
-
-def asymmetry(weight: Tensor, owner: nn.Module | None = None) -> dict[str, float]:
-    """move -> |moved filters - filters| / (sqrt(2) |filters|) of a weight (O, I, k, k), in float64; inf where k is not square.
-
-    Filters of a GroupConv2d are held to their group: the orientations of the inputs and outputs move along.
-    """
-    exact = weight.detach().double()
-    size = float(torch.linalg.vector_norm(exact)) * math.sqrt(2)
-    if not size:
-        return {"90°": 0.0, "180°": 0.0, "mirror": 0.0}
-    square = exact.shape[-1] == exact.shape[-2]
-    moved = {
-        "90°": torch.rot90(exact, 1, (-2, -1)) if square else None, "180°": torch.rot90(exact, 2, (-2, -1)),
-        "mirror": exact.flip(-1),
-    }
-    found = {m: math.inf if v is None else float(torch.linalg.vector_norm(v - exact)) / size for m, v in moved.items()}
-    if isinstance(owner, GroupConv2d):
-        elements = {"90°": 1, "180°": 2} | ({"mirror": 4} if owner.group.name == "d4" else {})
-        found |= {move: _tied(exact, owner, element) / size for move, element in elements.items()}
-    return found
-
-
-def _tied(weight: Tensor, owner: GroupConv2d, element: int) -> float:
-    """|Γ_g w - w| with g on the places, on the orientations of the inputs (Γ) and on those of the outputs."""
-    group, order = owner.group, owner.order
-    g = torch.full((len(weight), 1), float(element), dtype=torch.float64, device=weight.device)
-    turned = group(weight, g) if owner.lifting else group.act(weight.unflatten(1, (-1, order)), g).flatten(1, 2)
-    elements = group.elements().to(g)
-    to = group.compose(g[:1].expand(order, 1), elements)[:, 0].long()
-    outputs = torch.empty_like(turned).unflatten(0, (-1, order))
-    outputs[:, to] = turned.unflatten(0, (-1, order))
-    return float(torch.linalg.vector_norm(outputs.flatten(0, 1) - weight))

@@ -72,6 +72,12 @@ def test_finer_is_the_wave_between_the_pixels(n):
     torch.testing.assert_close(finer(image[::2, ::2][None, None])[0, 0], image)
 
 
+def test_the_highest_wave_of_an_even_map_keeps_its_height_between_the_pixels():
+    there = torch.cos(math.pi * torch.arange(8, dtype=torch.float64))[:, None].expand(8, 8)
+    halves = torch.cos(math.pi * torch.arange(16, dtype=torch.float64) / 2)
+    torch.testing.assert_close(finer(there[None, None])[0, 0], halves[:, None].expand(16, 16), atol=1e-12, rtol=0)
+
+
 def test_what_a_rectifier_folds_back_is_its_upper_harmonics():
     f = 0.15
     net = nn.Sequential(nn.Identity(), nn.ReLU())

@@ -9,7 +9,8 @@ from torch import nn
 from geomssl import encoders
 from geomssl.encoders.group_conv import GroupConv2d
 from geomssl.probes.breaks import breaks, exact, moves, sizes
-from geomssl.probes.static import asymmetry, read
+from geomssl.probes.filters import asymmetry
+from geomssl.probes.static import read
 from geomssl.seeding import generator, seeded
 from geomssl.transforms import CyclicRotations, Dihedral, Flips, Rotate, Translate, Translations, Zoom
 
@@ -236,6 +237,41 @@ def test_what_the_reader_does_not_know_it_says():
     calls = read(net, noise(2, 1, 8), net)
     assert [c.what for c in calls] == ["unread"]
     assert "pixel_unshuffle takes 8x8 to 4x4" in breaks(calls[0], "90°")[0].words
+
+
+def test_channels_last_blocks_are_no_maps_until_they_are_turned_back():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(3, 6), nn.Linear(6, 3)
+
+        def forward(self, x):
+            last = self.down(nn.functional.gelu(self.up(x.permute(0, 2, 3, 1))))
+            return nn.functional.gelu(x + last.permute(0, 3, 1, 2))
+
+    net = Block().double()
+    calls = read(net, noise(2, 3, 8), net)
+    assert [(c.what, c.size_in) for c in calls] == [("gelu", (8, 8))]
+    cut = lambda x: x.view(2, 1, 4, 2, 4, 2)  # noqa: E731
+    assert [c.what for c in read(cut, noise(2, 1, 8), net)] == ["unread"]
+
+
+def test_sizes_are_not_made_up_behind_what_the_reader_does_not_know():
+    net = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 1, 3, 2, 1)).double()
+    assert sizes(read(net, noise(2, 1, 12), net), "90°") == ("not worked out", None)
+
+
+def test_strides_of_two_and_three_side_by_side_have_their_common_period():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.AvgPool2d(3, 2, 1), nn.AvgPool2d(3, 3, 0)
+
+        def forward(self, x):
+            return self.a(x).mean() + self.b(x).mean()
+
+    net = Two().double()
+    assert sizes(read(net, noise(2, 1, 12), net), "90°") == ("H ≡ 3 mod 6", 15)
 
 
 def test_residual_branches_read_their_own_inputs():
