@@ -7,6 +7,7 @@ from torchvision import models
 
 from geomssl import encoders
 from geomssl.cli import main
+from geomssl.encoders import foreign
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
 from geomssl.recipe import build, refuse_strangers
@@ -218,3 +219,20 @@ def test_a_pretrained_run_is_measured_without_fetching_its_weights_again(tmp_pat
     assert fetched == [1]
     assert main(["linear", "--checkpoint", out, "--quiet", "--n", "64"]) == 0, capsys.readouterr().err
     assert fetched == [1]
+
+
+@pytest.mark.parametrize("name", ["timm:resnet18", "torchvision:resnet18"])
+def test_weights_of_others_go_into_a_librarys_model(name, tmp_path, capsys):
+    torch.manual_seed(5)
+    theirs = models.resnet18(weights=None)
+    torch.save({"state_dict": {f"backbone.{k}": v for k, v in theirs.state_dict().items()}}, tmp_path / "f.ckpt")
+    encoder = built(name)
+    loaded = foreign.load(encoder, tmp_path / "f.ckpt")
+    assert loaded.ignored == {"backbone": 2}
+    theirs.fc = torch.nn.Identity()
+    x = images(64)
+    with torch.no_grad():
+        assert torch.allclose(encoder(x), theirs.eval()((x - IMAGENET[0]) / IMAGENET[1]), atol=1e-5)
+    flags = ["--model", name, "--weights", str(tmp_path / "f.ckpt"), "--n", "32", "--out", str(tmp_path)]
+    assert main(["rank", *flags]) == 0
+    assert "ignored: backbone (2)" in capsys.readouterr().err
