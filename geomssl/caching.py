@@ -77,7 +77,7 @@ class Cache(Through):
     """
 
     def __init__(
-        self, encoder: Encoder, passes: Passes, micro_batch: int, autocast: Callable[..., AbstractContextManager[Any]]
+        self, encoder: Encoder, passes: Passes, micro_batch: int, autocast: Callable[[], AbstractContextManager[Any]]
     ) -> None:
         super().__init__(encoder, passes)
         self.micro_batch, self.autocast = micro_batch, autocast
@@ -93,8 +93,7 @@ class Cache(Through):
         parts = -(-len(images) // self.micro_batch)
         random = _random_state(images.device)
         buffers = [buffer.clone() for buffer in self.encoder.buffers()]
-        # weights that autocast has cast without a graph must not serve the replay
-        with torch.no_grad(), self.autocast(cache_enabled=False):
+        with torch.no_grad():
             chunks = [self.passes[how](images[i::parts]) for i in range(parts)]
             for buffer, kept in zip(self.encoder.buffers(), buffers, strict=True):
                 buffer.copy_(kept)

@@ -50,10 +50,10 @@ class Learner(nn.Module):
             "forward": torch.compile(self.encoder.forward, dynamic=False),
         }
 
-    def autocast(self, cache_enabled: bool = True) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         """The context in which encoder and heads run."""
         kind = next(self.parameters()).device.type
-        return torch.autocast(kind, dtype=self.lower, enabled=self.lower is not None, cache_enabled=cache_enabled)
+        return torch.autocast(kind, dtype=self.lower, enabled=self.lower is not None)
 
     def forward(self, batch: Batch, encoder: Encoder | None = None) -> tuple[Losses, Tensor, Tensor]:
         """The objective's losses, and the classifier's own loss and share of correct labels on the detached h.
