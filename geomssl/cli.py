@@ -24,12 +24,14 @@ from geomssl.registry import names
 COMMANDS = {
     "demo": ("geomssl.demo:command", "train, measure, report and gate on embedded data"),
     "train": ("geomssl.commands.training:train", "train an encoder by a recipe"),
+    "sweep": ("geomssl.commands.sweeping:sweep", "train and measure cells x seeds of a file, and write one table"),
     "probe": ("geomssl.commands.probing:probe", "run every probe, features computed once"),
     "features": ("geomssl.commands.exporting:features", "features, labels and factors of a split as plain arrays"),
     "report": ("geomssl.commands.judging:report", "one HTML file from the artifacts of one run or more"),
     "gate": ("geomssl.commands.judging:gate", "judge a run by rules; exit 1 where it fails"),
     "datasets": ("geomssl.commands.listing:datasets", "list the data sets"),
     "recipes": ("geomssl.commands.listing:recipes", "list the installed recipes"),
+    "doctor": ("geomssl.commands.doctor:doctor", "what this machine has, and what is wrong with it"),
 }
 
 

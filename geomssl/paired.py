@@ -1,4 +1,4 @@
-"""Means over seeds with their t intervals, and two cells over the same seeds: their difference, and whether it is negligible."""
+"""Means over seeds with their t intervals; two cells over the same seeds: their difference, and is it negligible."""
 
 from __future__ import annotations
 
