@@ -26,11 +26,15 @@ class Effect:
     """A repair, the total before and after, and the bounds of the change at a level that holds for all repairs at once."""
 
     repair: Repair
-    name: str
+    where: str
     before: float
     after: float
     low: float
     high: float
+
+    @property
+    def name(self) -> str:
+        return f"{self.where}: {self.repair.what}"
 
     @property
     def change(self) -> float:
@@ -69,7 +73,7 @@ def pooled(found: EquivarianceError) -> float | None:
 
 
 def effect(
-    before: EquivarianceError, after: EquivarianceError, repair: Repair, name: str, count: int, seed: int = 0,
+    before: EquivarianceError, after: EquivarianceError, repair: Repair, where: str, count: int, seed: int = 0,
     level: float = 0.95, resamples: int = 2000,
 ) -> Effect:
     """The change of the pooled total with its interval: the images of both are resampled together.
@@ -82,7 +86,7 @@ def effect(
     low, high = interval(change[:, None], 1 - (1 - level) / count)
     first, second = pooled(before), pooled(after)
     return Effect(
-        repair, f"{name}: {repair.what}", math.nan if first is None else first, math.nan if second is None else second,
+        repair, where, math.nan if first is None else first, math.nan if second is None else second,
         float(low[0]), float(high[0]),
     )
 

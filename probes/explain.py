@@ -133,7 +133,7 @@ def _layers(
             "aliasing": None if share is None else share.share(), "aliasing_low": bounds[0] if bounds else None,
             "aliasing_high": bounds[1] if bounds else None, "aliasing_y": None if share is None else share.share("y"),
             "aliasing_x": None if share is None else share.share("x"),
-            "repair": effect.name.partition(": ")[2] if effect else None,
+            "repair": effect.repair.what if effect else None,
             "change": _plain(effect.change) if effect else None, "change_low": _plain(effect.low) if effect else None,
             "change_high": _plain(effect.high) if effect else None, "not_repaired": unbuilt.get(call.number),
         })
@@ -150,7 +150,8 @@ def _repairs(effects: Sequence[Effect]) -> Table:
     return Table(
         "repairs", "Repairs of one layer, best first",
         {
-            "repair": [e.name for e in effects], "cause": [e.repair.cause for e in effects],
+            "layer": [e.where for e in effects], "repair": [e.repair.what for e in effects],
+            "cause": [e.repair.cause for e in effects],
             "total_before": [_plain(e.before) for e in effects], "total_after": [_plain(e.after) for e in effects],
             "change": [_plain(e.change) for e in effects], "low": [_plain(e.low) for e in effects],
             "high": [_plain(e.high) for e in effects],
@@ -247,15 +248,15 @@ def _notes(
         )
     if waiting:
         notes.append(
-            f"{len(waiting)} further repairs were not measured (--repairs {options.repairs}): first come those with the "
-            "largest share of energy that aliases, or of pixels that see the border."
+            f"Repairs that were not measured: {len(waiting)} (--repairs {options.repairs}). First come those with the largest "
+            "share of energy that aliases, or of pixels that see the border."
         )
     if any(len(e.repair.calls) > 1 for e in effects):
         notes.append("Strides side by side are repaired together: the branches of a residual block must keep one grid.")
     if effects:
         notes.append(
             "A repair keeps every weight, so that its effect is a statement on the repaired copy, in which later layers meet "
-            "features they were not trained on. Effects of several repairs do not add up."
+            "features they were not trained on, and over whose own spread the total is taken. Effects do not add up."
         )
     if metered:
         n = max(len(one.total) for one in metered.values())
@@ -290,7 +291,7 @@ def _figures(options: Options, repaired_any: bool, metered: bool) -> list[Figure
         found.append(Figure(
             "repairs", "bar", "What repairing one layer changes",
             "Change of the total error, with an interval that holds for all repairs at once. Below zero the repair helps.",
-            "repairs", "repair", "change", None, "low", "high", x_label="repair", y_label="change of the total error",
+            "repairs", "layer", "change", "repair", "low", "high", x_label="layer", y_label="change of the total error",
         ))
     if metered:
         found.append(Figure(
