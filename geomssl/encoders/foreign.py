@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from geomssl.encoders.base import Normalise
 from geomssl.errors import GeomsslError, nearest
 
 # Where a file keeps its state dict, the first that is there. DINO evaluates its teacher.
@@ -110,7 +111,9 @@ def load(module: nn.Module, path: Path | str, prefix: str = "auto", builtin: boo
     settings that would fit; the module is then unchanged.
     """
     state = read(path)
-    wanted = {k: v for k, v in module.state_dict().items() if not k.startswith("normalise.")}
+    # the normalisation of the images is a setting, which files of others do not hold
+    settings = {name for name, part in module.named_modules() if isinstance(part, Normalise)}
+    wanted = {k: v for k, v in module.state_dict().items() if k.rpartition(".")[0] not in settings}
     if not wanted:
         given = f"{path} for a {type(module).__name__} without weights"
         raise GeomsslError(given, "a module with weights", reason="bad-weights")

@@ -185,7 +185,7 @@ def test_a_users_own_module(tmp_path, capsys, monkeypatch):
         (["tangent", "--model", "own_net:net", "--out", "c"], "without a projector"),
         (["tangent", "--model", "own_net:net", "--projector", "haed", "--out", "c"], "did you mean 'head'"),
         (["rank", "--model", "own_net:nett", "--out", "c"], "own_net:nett"),
-        (["rank", "--model", "own_net:net", "--weights", "own_net.py", "--out", "c"], "own_net.py: "),
+        (["rank", "--model", "own_net:net", "--weights", "own_net.py", "--out", "c"], "own_net.py is no file of weights"),
         (["rank", "--model", "own_net:net", "--weights", "none", "--out", "c"], "no such file: none"),
     ]:
         assert main(arguments) == 2

@@ -218,18 +218,23 @@ def test_without_a_prefix_names_stand_as_they_are(tmp_path):
 @pytest.mark.parametrize("layout", ["torchvision", "solo-learn", "lightly, children of its own resnet"])
 def test_a_module_of_the_users_that_wraps_the_encoder(layout, tmp_path):
     module, state = Cut(built()), trained(built(seed=1))
-    del module.trunk.normalise
     foreign.load(module, write(tmp_path / "f.pt", RESIDUAL[layout](state)))
     assert holds(module.trunk, state)
     # with a head of its own, only a file that has the head too
     both = Cut(built(), with_head=True)
-    del both.trunk.normalise
     with pytest.raises(GeomsslError, match="out.weight is not"):
         foreign.load(both, write(tmp_path / "g.pt", under("trunk.", state)))
     whole = {**under("module.trunk.", state), **under("module.", {"out.weight": torch.ones(3, 64), "out.bias": torch.ones(3)})}
     foreign.load(both, write(tmp_path / "h.pt", whole))
     assert holds(both.trunk, state)
     assert bool((both.out.weight == 1).all())
+
+
+def test_a_part_that_is_only_called_normalise_is_loaded_like_any_other(tmp_path):
+    module = nn.Sequential(OrderedDict(normalise=nn.Linear(2, 2), head=nn.Linear(2, 2)))
+    state = {k: torch.rand_like(v) for k, v in module.state_dict().items()}
+    foreign.load(module, write(tmp_path / "f.pt", under("module.", state)))
+    assert holds(module, state)
 
 
 def without(state, *names):
@@ -301,7 +306,6 @@ def test_a_transformer_that_does_not_fit_is_refused(theirs, ours, said, tmp_path
 def test_deeper_lists_of_a_users_module_are_refused_and_heads_are_not(tmp_path):
     state = trained(built())
     module = Cut(built())
-    del module.trunk.normalise
     inside = under("trunk.", state | head())
     foreign.load(module, write(tmp_path / "f.pt", inside))
     with pytest.raises(GeomsslError, match=r"layer3\.2"):
