@@ -16,8 +16,14 @@ from geomssl.errors import GeomsslError
 from geomssl.recipe import build
 from geomssl.schedule import Schedule
 
-SMALL = {"epochs": 4, "batch_size": 512, "objective": {"name": "simclr", "policy": "small"}}
-TABLE = {"every": 2, "run": ["rank", "bound"], "rank": {"n": 64, "halves": 2}, "bound": {"n": 128, "batch": 32, "batches": 4}}
+SMALL = {
+    "epochs": 4, "batch_size": 512, "objective": {"name": "simclr", "policy": "small"},
+    "encoder": {"name": "mlp", "widths": [64, 64], "fibres": 4},
+}
+TABLE = {
+    "every": 2, "run": ["spectrum", "bound"], "spectrum": {"n": 64, "halves": 2},
+    "bound": {"n": 128, "batch": 32, "batches": 4},
+}
 
 
 def written(table: dict, **more: object) -> list[str]:
@@ -89,7 +95,7 @@ def test_a_recipe_is_refused_as_it_is_read(table, said):
 def test_the_settings_survive_the_checkpoint():
     recipe = build([{**SMALL, "probes": TABLE}])
     assert build([recipe.plain()]) == recipe
-    assert recipe.probes.options["rank"] == {"n": 64, "halves": 2}
+    assert recipe.probes.options["spectrum"] == {"n": 64, "halves": 2}
 
 
 def test_a_recipe_without_heavy_probes_imports_no_heavy_library():
@@ -112,14 +118,15 @@ def test_weights_are_bit_for_bit_those_of_a_training_without(runs):
 
 
 def test_an_artifact_for_every_moment_and_probe(runs):
-    assert steps(runs / "with", "rank") == steps(runs / "with", "bound") == [0, 4, 8]
+    assert steps(runs / "with", "spectrum") == steps(runs / "with", "bound") == [0, 4, 8]
     assert {p.name for p in (runs / "without").iterdir()} == {"metrics.jsonl"}
     found = {(a.probe, a.step): a for a in map(artifact.load, artifact.find(runs / "with.pt"))}
     for (_, step), one in found.items():
         assert one.provenance["epoch"] == step // 2
         assert one.provenance["split"] == "val"
-    assert found["rank", 0].metric("effective_rank_h").n == 64
-    assert found["rank", 0].metric("effective_rank_h").value != found["rank", 8].metric("effective_rank_h").value
+    first, last = (found["spectrum", step].metric("effective_rank_h_plain") for step in (0, 8))
+    assert first.n == last.n == 64
+    assert first.value != last.value
 
 
 def test_the_last_moment_is_what_the_checkpoint_gives(runs, capsys):
@@ -137,7 +144,7 @@ def test_the_last_moment_is_what_the_checkpoint_gives(runs, capsys):
 def test_a_resumed_run_continues_the_schedule_and_makes_up_for_what_was_cut(runs, tmp_path, capsys):
     out = tmp_path / "parts.pt"
     assert main([*written(TABLE), "--out", str(out), "--stop-after", "2"]) == 0
-    (cut,) = (tmp_path / "parts" / "rank").glob("*@4")
+    (cut,) = (tmp_path / "parts" / "spectrum").glob("*@4")
     (cut / "artifact.json").unlink()
     kept = next((tmp_path / "parts" / "bound").glob("*@4")) / "artifact.json"
     before = kept.stat().st_mtime_ns
@@ -150,17 +157,17 @@ def test_a_resumed_run_continues_the_schedule_and_makes_up_for_what_was_cut(runs
 
 
 def test_what_cannot_apply_is_told_once_and_an_older_course_forgotten(tmp_path, capsys):
-    table = {"every": 1, "run": ["tangent", "rank"], "rank": {"n": 32, "halves": 0}}
-    frozen = {"objective": {"name": "supervised"}, "epochs": 2}
+    table = {"every": 1, "run": ["tangent", "spectrum"], "spectrum": {"n": 32, "halves": 0}}
+    plain = {"objective": {"name": "supervised"}, "epochs": 2}
     out = tmp_path / "run.pt"
-    assert main([*written(table, **frozen), "--out", str(out)]) == 0
+    assert main([*written(table, **plain), "--out", str(out)]) == 0
     said = capsys.readouterr().err.strip().splitlines()
     assert len(said) == 1
     assert "tangent after epoch 0: left out, the training goes on: tangent without a projector" in said[0]
-    assert steps(tmp_path / "run", "rank") == [0, 2, 4]
+    assert steps(tmp_path / "run", "spectrum") == [0, 2, 4]
     assert not (tmp_path / "run" / "tangent").exists()
-    assert main(["rank", "--checkpoint", str(out), "--quiet"]) == 0
-    assert main([*written({"at": [1], "run": ["rank"], "rank": {"n": 33, "halves": 0}}, **frozen), "--out", str(out),
+    assert main(["spectrum", "--checkpoint", str(out), "--quiet", "--n", "32"]) == 0
+    assert main([*written({"at": [1], "run": ["spectrum"], "spectrum": {"n": 33, "halves": 0}}, **plain), "--out", str(out),
                  "--overwrite"]) == 0
     found = [artifact.load(f) for f in artifact.find(out)]
     assert sorted((a.options["n"], a.step) for a in found if a.step is not None) == [(33, 2), (33, 4)]
