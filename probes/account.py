@@ -228,7 +228,10 @@ def _metrics(told: Account) -> list[Metric]:
         return Metric(name, given, n=n, reason=reason, about=about)
 
     no_floor = "the transform has no inverse" if bool(usable.any()) else constant
-    below, above = float(_largest(told.flat("bounds.low_any"))), float(_bounded(told.flat("bounds.high")))
+    # Features that do not vary have no defect to bound; the notes name them.
+    below, above = math.nan, math.nan
+    if bool(usable.any()):
+        below, above = float(_largest(told.flat("bounds.low_any"))), float(_bounded(told.flat("bounds.high")[usable]))
     known = math.isfinite(below) and math.isfinite(above)
     unknown = "what resampling does is not known at some element" if bool(usable.any()) else constant
     return [

@@ -6,7 +6,7 @@ from torch import nn
 
 from geomssl import encoders
 from geomssl.data.base import Resident
-from geomssl.encoders import GroupConv2d
+from geomssl.encoders import GroupConv2d, wrap
 from geomssl.errors import GeomsslError
 from geomssl.probes.equivariance import Options, equivariance_error, equivariance_errors, probe
 from geomssl.probes.subject import Subject
@@ -134,6 +134,18 @@ class TestTokens:
         for name in ("block[prefix]", "head"):
             assert float(found[name].total[:2].max()) < most
             assert float(found[name].total[2]) > 0.01
+
+    def test_a_class_token_that_has_seen_no_patch_is_degenerate_and_leaves_the_bound_of_the_others(self):
+        data = Resident("noise", "test", (images(size=16) * 255).to(torch.uint8), None)
+        found = probe(
+            Subject(wrap(TinyViT(), in_channels=1), data), Options(layer="block*", transform="translations", draws=2, step=4)
+        )
+        table = found.table("elements").columns
+        early = [name == "block.norm1[prefix]" for name in table["layer"]]
+        assert sum(early) == 2
+        assert [bad for bad, is_early in zip(table["degenerate"], early, strict=True) if is_early] == [True] * 2
+        assert found.metric("defect").value == max(v for v in table["bound_high"] if v is not None)
+        assert any("Degenerate at" in note and "block.norm1[prefix]" in note for note in found.notes)
 
     def test_with_position_embedding_they_do_not(self):
         found = equivariance_errors(
