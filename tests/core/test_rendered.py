@@ -47,8 +47,9 @@ def test_quarter_turns_and_mirrors_permute_the_samples(pictures):
     for group in (CyclicRotations(4), Dihedral(4)):
         params = group.elements()[torch.arange(9) % len(group.elements())]
         assert (pictures.images(index, group, params, DOUBLE) - group(plain, params)).abs().max() < 1e-12
-    mirrored = pictures.images(index, HorizontalFlip(), rows(1.0, n=9), DOUBLE)
-    assert (mirrored - plain.flip(3)).abs().max() < 1e-12
+    for parts, values in (([HorizontalFlip()], [1.0]), ([Rotate(), HorizontalFlip()], [90.0, 1.0])):
+        chain, params = Compose(parts), rows(*values, n=9)
+        assert (pictures.images(index, chain, params, DOUBLE) - chain(plain, params)).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("pictures", KINDS, ids=lambda p: f"{p.name}{p.size}")
