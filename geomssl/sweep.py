@@ -240,30 +240,46 @@ def _probes(sweep: Sweep, where: str) -> list[Probe]:
 
 @dataclass(frozen=True)
 class State:
-    """How far a unit is: None is not begun, else whole epochs. state: the checkpoint."""
+    """How far a unit is: whole epochs, or None where it is not begun; its checkpoint; what its recipe differs in."""
 
     epoch: int | None
-    state: dict[str, Any] | None = None
+    checkpoint: dict[str, Any] | None = None
+    changed: tuple[str, ...] = ()
 
     def said(self, unit: Unit) -> str:
         if self.epoch is None:
             return "new"
+        if self.changed:
+            return f"cannot go on, another recipe began it: {', '.join(self.changed)}"
         return "trained" if self.epoch >= unit.recipe.epochs else f"resumes at epoch {self.epoch}"
 
 
 def look(unit: Unit) -> State:
-    """How far a unit is, by its run.pt. Raises GeomsslError where that is damaged or was made by another recipe, key by key."""
+    """How far a unit is, by its run.pt. Raises GeomsslError where that is damaged."""
     if not unit.path.exists():
         return State(None)
     state = checkpoint.load(unit.path)
     recipe.refuse_strangers(state["config"], unit.layers, str(unit.path))
     changed = recipe.differing(recipe.build([state["config"]], str(unit.path)).plain(), unit.recipe.plain())
-    if changed:
-        raise GeomsslError(
-            f"{unit.path} with {', '.join(changed)}", "the recipe that it was begun with, another --out, or its removal",
-            reason="changed-recipe",
-        )
-    return State(state["epoch"], state)
+    return State(state["epoch"], state, tuple(changed))
+
+
+def refuse_changes(units: Sequence[Unit], out: Path) -> None:
+    """Raise GeomsslError (reason "changed-recipe") where runs were begun with another recipe, key by key, cells together."""
+    cells: dict[str, list[str]] = {}
+    for unit in units:
+        try:
+            state = look(unit)
+        except GeomsslError:
+            # damaged: told when its turn comes, so that the others can run
+            continue
+        for change in state.changed:
+            called = cells.setdefault(change, [])
+            called += [] if unit.cell in called else [unit.cell]
+    if cells:
+        said = "; ".join(f"{change} in {', '.join(called)}" for change, called in cells.items())
+        expected = "the recipes that its runs were begun with, another --out, or those runs removed"
+        raise GeomsslError(f"{out} with {said}", expected, reason="changed-recipe")
 
 
 @contextmanager

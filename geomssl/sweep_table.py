@@ -169,7 +169,8 @@ def _runs(plan: Plan, outcomes: Outcomes) -> Table:
 def _headline(cells: Sequence[str], outcomes: Outcomes, pairs: Table | None) -> str:
     whole = sum(outcome.failed is None for outcome in outcomes.values())
     seeds = len({seed for _, seed in outcomes})
-    said = f"{len(cells)} cells and {seeds} seeds: {whole} of {len(outcomes)} runs are whole."
+    plural = ["" if n == 1 else "s" for n in (len(cells), seeds)]
+    said = f"{len(cells)} cell{plural[0]}, {seeds} seed{plural[1]}: {whole} of {len(outcomes)} runs are whole."
     if pairs is None:
         return said
     verdicts: Sequence[str] = pairs.columns["verdict"]

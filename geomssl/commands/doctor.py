@@ -149,7 +149,8 @@ def _precisions() -> Iterator[Finding]:
 def _datasets() -> Iterator[Finding]:
     from geomssl import data
 
-    present, absent = [], []
+    present: list[str] = []
+    absent: list[str] = []
     for name in names("dataset"):
         try:
             (present if data.presence(name).present else absent).append(name)

@@ -31,11 +31,12 @@ def _sweep(file: str, **values: Any) -> int:
     device.device(values["device"])
     outcomes: dict[tuple[str, int], Outcome] = {}
     with sweep.locked(out), shown(not values["quiet"]):
+        sweep.refuse_changes(chosen, out)
         for unit in plan.units:
             if unit.cell not in plan.chosen and unit.path.exists():
                 try:
                     state = sweep.look(unit)
-                    if state.epoch == unit.recipe.epochs:
+                    if state.epoch == unit.recipe.epochs and not state.changed:
                         outcomes[unit.cell, unit.seed] = work.collect(unit, asked, state, measure=False)
                 except GeomsslError:
                     continue
@@ -61,9 +62,10 @@ def _list(units: list[Any], out: Path) -> int:
     code = 0
     for unit in units:
         try:
-            said = sweep.look(unit).said(unit)
+            state = sweep.look(unit)
+            said, code = state.said(unit), 2 if state.changed else code
         except GeomsslError as error:
-            said, code = f"cannot: {error}", 2
+            said, code = f"cannot go on: {error}", 2
         recipe = unit.recipe
         about = f"{recipe.objective.name} on {recipe.encoder.name}, {recipe.dataset.name}, {recipe.epochs} epochs"
         click.echo(f"{unit.cell}  seed {unit.seed}  {about}: {said}")

@@ -59,7 +59,7 @@ def collect(unit: Unit, asked: Asked, state: State, measure: bool) -> Outcome:
 
     measure: make the artifacts that are missing; else raises GeomsslError (reason "no-artifact").
     """
-    assert state.state is not None
+    assert state.checkpoint is not None
     found: dict[str, Artifact] = {}
     subject: Any = None
     digest = checkpoint.digest(unit.path) if asked.probes else ""
@@ -73,7 +73,7 @@ def collect(unit: Unit, asked: Asked, state: State, measure: bool) -> Outcome:
             there = module.probe(subject, parse(module.Options, probe.options, f"options of {probe.name}"))
             there.save(checkpoint.folder(unit.path))
         found[probe.label] = there
-    history = state.state["history"]
+    history = state.checkpoint["history"]
     last = history[-1] if history else {}
     values = {name: value for name in asked.metrics if (value := _value(name, found, last)) is not None}
     return Outcome(values, None, int(state.epoch or 0))
