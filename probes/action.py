@@ -165,7 +165,7 @@ def _group(
     orbit = fit_orbit(features[:, fitter.train], products)
     if not orbit.judgeable:
         return orbit, None, []
-    law = torch.stack([group_law(m, products, orbit.basis) for m in (orbit.least_squares, orbit.procrustes)])
+    law = torch.stack([group_law(m, products, orbit.basis) for m in (orbit.least_squares, orbit.procrustes())])
     held = features[:, fitter.held].double() - orbit.mean
     targets = torch.stack([held[products[g]].flatten(0, 1) for g in range(len(every))])
     residuals = targets - held.flatten(0, 1) @ orbit.least_squares.transpose(1, 2)
@@ -186,7 +186,7 @@ def _bars(rows: dict[str, list[Any]]) -> Table:
 def _spectrum(names: list[str], fits: list[FittedAction]) -> Table:
     found = [
         (name, k + 1, value) for name, fit in zip(names, fits, strict=True)
-        for k, value in enumerate(torch.linalg.svdvals(fit.matrix)[: max(1, fit.rank)].tolist())
+        for k, value in enumerate(torch.linalg.svdvals(fit.matrix @ fit.basis).tolist() if fit.rank else [0.0])
     ]
     columns = ("element", "index", "singular_value")
     return Table(

@@ -197,16 +197,15 @@ class Fitter:
         low, high = bootstrap_ratio(
             held.square().sum(1, keepdim=True), spread.square().sum(1, keepdim=True), self.seed, self.level, self.resamples
         )
-        identity = torch.eye(self.d, dtype=torch.float64)
-        by_identity = self._residual(y, identity, y[self.train].mean(dim=0) - self.whole.mean, self.held)
+        by_identity = y[self.held] - self.x[self.held] - (y[self.train].mean(dim=0) - self.whole.mean)
         nulls = tuple(self._null(y, method, rank, ridge, draw) for draw in range(self.draws))
         return FittedAction(
             matrix=matrix, offset=offset, basis=self.whole.v[:, :used], method=method,
             r2_train=_r2(self._residual(y, matrix, offset, self.train), y[self.train]), r2_held_out=_r2(held, y[self.held]),
             interval=Bounds(1 - float(high) ** 2, 1 - float(low) ** 2), r2_identity=_r2(by_identity, y[self.held]),
             r2_null=sum(nulls) / len(nulls) if nulls else math.nan, nulls=nulls,
-            effective_rank=effective_rank(matrix), rank=used, n=self.n, n_train=len(self.train),
-            d=self.d, warning=self._warning(),
+            effective_rank=effective_rank(matrix @ self.whole.v[:, :used]) if used else 0.0, rank=used, n=self.n,
+            n_train=len(self.train), d=self.d, warning=self._warning(),
         )
 
     def _solve(self, y: Tensor, method: str, rank: int | None, ridge: float) -> tuple[Tensor, Tensor, int]:
@@ -285,18 +284,23 @@ def _r2(residual: Tensor, y: Tensor) -> float:
 
 
 class Orbit(NamedTuple):
-    """Least-squares and Procrustes matrices (|G|, d, d) of every element on one span, with its mean and basis."""
+    """Least-squares matrices (|G|, d, d) of every element on one span, with its mean, its basis (d, r) and singular values."""
 
     least_squares: Tensor
-    procrustes: Tensor
     mean: Tensor
     basis: Tensor
+    s: Tensor
     rows: int
 
     @property
     def judgeable(self) -> bool:
         """Enough rows to judge a law by: with as few as the span has directions, any network would meet it."""
         return self.rows >= 4 * self.basis.shape[1]
+
+    def procrustes(self) -> Tensor:
+        """The matrices (|G|, d, d) that keep lengths on the span and fit best."""
+        left, _, right = torch.linalg.svd(self.least_squares @ (self.basis * self.s.square()), full_matrices=False)
+        return left @ right @ self.basis.T
 
 
 def fit_orbit(features: Tensor, products: Tensor) -> Orbit:
@@ -314,13 +318,9 @@ def fit_orbit(features: Tensor, products: Tensor) -> Orbit:
     kept = int((s > max(len(flat), d) * torch.finfo(features.dtype).eps * s[0]).sum())
     u, s, v = u[:, :kept], s[:kept], vt[:kept].T
     images = (flat - mean).view(order, n, d)
-    found: list[list[Tensor]] = [[], []]
-    for g in range(order):
-        coefficients = u.T @ images[products[g]].flatten(0, 1)
-        found[0].append((coefficients / s[:, None]).T @ v.T)
-        left, _, right = torch.linalg.svd((coefficients * s[:, None]).T, full_matrices=False)
-        found[1].append(left @ right @ v.T)
-    return Orbit(torch.stack(found[0]), torch.stack(found[1]), mean, v, len(flat))
+    weights = u / s
+    found = [images[products[g]].flatten(0, 1).T @ weights @ v.T for g in range(order)]
+    return Orbit(torch.stack(found), mean, v, s, len(flat))
 
 
 def group_law(matrices: Tensor, products: Tensor, basis: Tensor) -> Tensor:

@@ -211,7 +211,7 @@ def test_quarter_turns_of_a_c4_network_are_recovered():
             assert agreement(found, matrix_of(action("regular", C4), back, (8, 4, 1, 1), (9, 9))) > 0.5
     law = fit_orbit(features, table)
     assert law.judgeable
-    for matrices in (law.least_squares, law.procrustes):
+    for matrices in (law.least_squares, law.procrustes()):
         assert float(group_law(matrices, table, law.basis).max()) < 1e-6
 
 
@@ -245,6 +245,18 @@ def test_upright_images_alone_may_not_span_what_turned_ones_do():
     fitted = fit_orbit(features, table)
     torch.testing.assert_close(fitted.least_squares[1], swap, atol=1e-10, rtol=0)
     assert Fitter(x).fit(features[1]).rank == 2
+
+
+def test_procrustes_of_an_orbit_is_that_of_its_pairs():
+    features, table = orbit(build("cnn"), C4, n=60), products(C4)
+    fitted = fit_orbit(features, table)
+    x = (features - fitted.mean).flatten(0, 1)
+    for g, matrix in enumerate(fitted.procrustes()):
+        y = (features - fitted.mean)[table[g]].flatten(0, 1)
+        left, _, right = torch.linalg.svd(y.T @ x @ fitted.basis, full_matrices=False)
+        torch.testing.assert_close(matrix, left @ right @ fitted.basis.T, atol=1e-8, rtol=0)
+        solved = torch.linalg.lstsq(x @ fitted.basis, y).solution.T
+        torch.testing.assert_close(fitted.least_squares[g] @ fitted.basis, solved, atol=1e-8, rtol=0)
 
 
 def test_few_rows_are_not_judged():
