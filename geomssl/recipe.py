@@ -44,7 +44,9 @@ class Recipe(Settings):
     encoder: SerializeAsAny[Settings]
     objective: SerializeAsAny[Settings]
     optim: SerializeAsAny[Settings]
-    probes: Schedule = Field(Schedule(), description="which probes run while training, and when")
+    probes: Schedule = Field(
+        default_factory=lambda: Schedule.model_validate({}), description="which probes run while training, and when"
+    )
 
     @field_validator("dataset", "encoder", "objective", "optim", mode="before")
     @classmethod

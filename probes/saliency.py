@@ -195,7 +195,9 @@ def _quality(
         return []
     n = min(options.judged, len(indices))
     rows = torch.randperm(len(indices), generator=generator(options.seed, "saliency-judged"))[:n].sort().values
-    left, blank, moved = [], [], []
+    left: list[Tensor] = []
+    blank: list[Tensor] = []
+    moved: list[Tensor] = []
     for number, part in enumerate(track(rows.split(subject.batch_size), "infidelity and sensitivity")):
         images, aim = subject.images(indices[part]), targets[part]
         given, seed = options.settings(), options.seed + number
@@ -219,17 +221,20 @@ def _quality_metrics(left: Tensor, blank: Tensor, moved: Tensor, seed: int) -> l
     about = "share of the output's response to noise in the pixels that the map leaves unexplained; a blank map leaves 1"
     what = "largest relative change of the map under a small change of the pixels, mean over images"
     method = "percentile bootstrap over images, the noise held fixed, 95 %"
-    shares = intervals = None
+    share = interval = None
     if n > 1 and float(blank.sum()) > 0:
         low, high = bootstrap_ratio(left[:, None], blank[:, None], seed)
         if bool(torch.isfinite(low + high).all()):
-            intervals = Interval(float(low[0]) ** 2, float(high[0]) ** 2, method)
+            interval = Interval(float(low[0]) ** 2, float(high[0]) ** 2, method)
     if float(blank.sum()) > 0:
-        shares = float(left.sum() / blank.sum())
-    spread = Interval(*(float(v) for v in bootstrap_mean(moved, seed)), method) if n > 1 else None
+        share = float(left.sum() / blank.sum())
+    spread = None
+    if n > 1:
+        least, most = bootstrap_mean(moved, seed)
+        spread = Interval(float(least), float(most), method)
     return [
         Metric(
-            "infidelity", shares, n, intervals, None if intervals else
+            "infidelity", share, n, interval, None if interval else
             "one image" if n == 1 else "the output does not answer to noise", better="lower", about=about,
         ),
         Metric("max_sensitivity", float(moved.mean()), n, spread, None if spread else "one image", better="lower", about=what),

@@ -156,7 +156,7 @@ def litter(folder: Path) -> int:
 
 def kill_training(folder: Path, reference: Reference, kills: int, draws: random.Random, counts: Counter) -> None:
     """Trainings, each killed again and again and resumed, until that many kills; each ends as the reference does."""
-    run = 0
+    run, seconds = 0, reference.seconds
     while counts["kills of training"] < kills:
         run += 1
         path = folder / f"killed-{run}" / "run.pt"
@@ -165,9 +165,13 @@ def kill_training(folder: Path, reference: Reference, kills: int, draws: random.
         while True:
             again = ["train", "--quiet", "--device", "cpu", "--resume", str(path)]
             child = start([*TRAIN, "--out", str(path)] if epoch < 0 else again, folder / "said")
-            if counts["kills of training"] < kills and kill_after(child, draws.uniform(0, reference.seconds)):
+            began = time.monotonic()
+            if counts["kills of training"] < kills and kill_after(child, draws.uniform(0, seconds)):
                 counts["kills of training"] += 1
             code = wait(child)
+            if code == 0 and epoch < 0:
+                # the reference was slower: it also loaded what the forked processes find loaded
+                seconds = time.monotonic() - began
             check(code in (0, -signal.SIGKILL), f"exit code {code}: {(folder / 'said').read_text()}")
             epoch = check_run(path, reference, epoch)
             counts["checkpoints read after a kill"] += epoch >= 0 and code != 0
@@ -176,6 +180,7 @@ def kill_training(folder: Path, reference: Reference, kills: int, draws: random.
         check(epoch == EPOCHS, f"ended at epoch {epoch}")
         check(measured(path) == reference.artifacts, "an artifact of the schedule is missing")
         counts["trainings resumed to the end, bit for bit"] += 1
+        print(f"{counts['kills of training']} of {kills} kills of training", file=sys.stderr)
         counts["leftovers of writes, ignored"] += litter(path.parent)
         silently(["report", str(path), "-o", str(path.parent / "r.html")])
         shutil.rmtree(path.parent)
@@ -214,6 +219,7 @@ def kill_probing(folder: Path, reference: Reference, kills: int, draws: random.R
         if (out / "f.npz").exists():
             check(np.array_equal(np.load(out / "f.npz")["h"], arrays), "half a file of features")
         check(reference.path.read_bytes() == before, "the checkpoint changed")
+        print(f"{counts['kills of probing']} of {kills} kills of probing", file=sys.stderr)
 
 
 def kills(folder: Path, total: int, seed: int) -> Counter:
