@@ -6,7 +6,7 @@ import torch
 from harness import Row, device, duel
 from torch import Tensor, nn
 
-ELEMENTS, IMAGES, SIZE, BATCH = 16, 8, 16, 8
+ELEMENTS, IMAGES, SIZE = 16, 8, 16
 
 
 def main() -> list[Row]:
@@ -22,7 +22,7 @@ def main() -> list[Row]:
     layers = [name for name in matching(net, ["all"]) if isinstance(net.get_submodule(name), (nn.Conv2d, nn.BatchNorm2d))]
 
     def ours() -> None:
-        equivariance_errors(net, x, Rotate(), params, "spatial", layers, batch_size=BATCH, resamples=1000)
+        equivariance_errors(net, x, Rotate(), params, "spatial", layers)
 
     def loop() -> None:
         for layer in layers:
@@ -47,7 +47,7 @@ def _one(net: nn.Module, layer: str, x: Tensor, row: Tensor) -> tuple[float, flo
     rotate, found = Rotate(), []
     handle = net.get_submodule(layer).register_forward_hook(lambda _, __, output: found.append(output.clone()))
     above = below = trips = moved = 0.0
-    for batch in x.split(BATCH):
+    for batch in x.split(256):
         found.clear()
         rows = row.expand(len(batch), 1)
         turned = rotate(batch, rows)
