@@ -24,8 +24,8 @@ from geomssl.errors import GeomsslError
 # Shares of the budget; a look of fewer images than LEAST is left out, since bounds at its level would not hold.
 FRACTIONS = (0.25, 0.5, 1.0)
 LEAST = 32
-# Resamples that each tail should hold.
-TAIL = 10
+# Resamples that each tail should hold, and the most that the probe takes.
+TAIL, MOST = 20, 100_000
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,8 @@ class Look:
     level: float
 
     def resamples(self, asked: int) -> int:
-        """Bootstrap resamples: as asked, or as many as leave TAIL beyond each bound."""
-        return max(asked, math.ceil(2 * TAIL / (1 - self.level) - 1e-9))
+        """Bootstrap resamples: as asked, or as many as leave TAIL beyond each bound, but never more than MOST."""
+        return min(MOST, max(asked, math.ceil(2 * TAIL / (1 - self.level) - 1e-9)))
 
 
 def spent(share: float, alpha: float) -> float:

@@ -136,8 +136,9 @@ def beside(rows: Sequence[Element], worst: Element, limit: float, outcome: Outco
         said.append(f"The action itself moves these features by {number(finite(worst.action_size))} there"
                     + (", so the pass is not trivial." if outcome == "pass" and worst.action_size > limit else "."))
     exact = [r for r in rows if r.exact]
-    share = "Every element is" if len(exact) == len(rows) else count(exact, rows)
-    said.append(f"{share} exact: image and features are only permuted.")
+    share = "Every element is" if len(exact) == len(rows) else "No element is" if not exact else count(exact, rows)
+    said.append(f"{share} exact: image and features are only permuted." if exact else
+                f"{share} exact: bounds of the defect are those of the total, widened by what is resampled.")
     return said
 
 

@@ -44,7 +44,8 @@ class TestLooks:
     def test_every_bound_has_resamples_beyond_it(self):
         for look in plan(4000, 0.99):
             draws = look.resamples(100)
-            assert draws * (1 - look.level) / 2 >= 10 - 1e-9
+            assert draws * (1 - look.level) / 2 >= 20 - 1e-9
+        assert max(look.resamples(100) for look in plan(4000, 0.999)) == 100_000
         assert plan(2)[0].resamples(5000) == 5000
 
     @pytest.mark.parametrize(
