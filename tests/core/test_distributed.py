@@ -39,7 +39,7 @@ def double():
 
 @pytest.fixture(scope="module")
 def alone():
-    return training_ranks.every_case()
+    return training_ranks.every_case([False])
 
 
 def apart(a, b):

@@ -15,11 +15,11 @@ TRAINED = {"epochs": 2, "batch_size": 128, "optim": {"name": "sgd", "warmup_epoc
 WHOLE = {"simclr": "simclr norms in the head", "ciper": "ciper", "supervised": "supervised"}
 
 
-def every_case():
+def every_case(ways=(False, True)):
     """Figures as means over the processes, gradients as DistributedDataParallel leaves them; plain and cached."""
     found = {}
     for case in samples.CASES:
-        for cached in (False, True):
+        for cached in ways:
             made = samples.learner(case)
             if cached:
                 cache = Cache(made.encoder, made.passes, 5, made.autocast)
@@ -54,9 +54,9 @@ def work(folder):
     whole_trainings(folder)
     torch.set_default_dtype(torch.float32)
     seen = []
-    norms = training.start(
-        samples.recipe("", epochs=1, batch_size=512, precision="bf16", micro_batch=100), folder / "norms.pt", samples.CPU
-    )
+    encoder = {"name": "mlp", "widths": [32, 16], "fibres": 4}
+    chosen = samples.recipe("", epochs=1, batch_size=512, precision="bf16", micro_batch=100, encoder=encoder)
+    norms = training.start(chosen, folder / "norms.pt", samples.CPU)
     norms.run(after_epoch=lambda trainer: seen.append(trainer.epoch))
     weights = torch.cat([value.double().flatten() for value in norms.learner.state_dict().values()])
     return {
