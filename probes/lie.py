@@ -161,14 +161,14 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             "√(Σ‖L f‖² / (Σ‖J T x‖² + Σ‖dΓ f‖²)): 0 equivariant, 1 where the two are unrelated; it is 1 for every vector."
         ),
         metrics=_metrics(found, figures, len(rows), options),
-        tables=[table, *([parts.table] if parts else [])],
+        tables=[table, *(parts.tables if parts else [])],
         figures=[
             Figure(
                 "lie", "bar", "Lie derivative by layer",
                 f"Share of the features' spread for one unit of movement, {options.level:.0%} intervals, {len(rows)} images.",
                 "lie", "layer", "value", "movement", "low", "high", x_label="layer", y_label="spread per unit", log_y=True,
             ),
-            *([parts.figure] if parts else []),
+            *(parts.figures if parts else []),
         ],
         notes=[*notes, *_notes(found, options, drawn), *left, *remarks, *(parts.notes if parts else [])],
         options=options.model_dump(mode="json"),

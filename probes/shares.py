@@ -25,8 +25,10 @@ CLOSE, SUM = 1e-3, 1e-2
 
 @dataclass(frozen=True)
 class Shares:
-    table: Table
-    figure: Figure
+    """What is added to the artifact: one table and one figure, or none where no movement has shares."""
+
+    tables: list[Table]
+    figures: list[Figure]
     notes: list[str]
 
 
@@ -192,7 +194,7 @@ def _report(
         f"{about} {level:.0%} percentile bootstrap over images.",
         "shares", "layer", "share", "movement", "low", "high", x_label="layer", y_label="share",
     )
-    return Shares(table, figure, notes)
+    return Shares([table], [figure], notes) if len(table) else Shares([], [], notes)
 
 
 def _added(parts: Tensor, square: Tensor, chosen: Generator) -> Tensor:

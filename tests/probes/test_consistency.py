@@ -1,6 +1,5 @@
 """Consistency: agreement, chance and kappa by hand; the constant network is called out; answers of all three kinds."""
 
-import json
 import math
 
 import pytest
@@ -142,7 +141,7 @@ class Fixed(Encoder):
 
 
 @pytest.mark.parametrize("answer", ["linear", "neighbour", "argmax"])
-def test_a_constant_network_is_called_out(answer):
+def test_a_constant_network_is_called_out(answer, tmp_path):
     found = probe(subject(module=Fixed(0.0)), Options(answer=answer))
     assert columns(found)["agreement"] == [1, 1, 1]
     assert found.metric("kappa").value is None
@@ -150,7 +149,7 @@ def test_a_constant_network_is_called_out(answer):
     assert "nothing can be told" in found.headline
     assert "100% of the images get one" in found.metric("kappa").reason
     assert any("counts as constant" in note for note in found.notes)
-    json.dumps(found.to_json(), allow_nan=False)
+    assert artifact.load(found.save(tmp_path)).to_json() == found.to_json()
 
 
 class Brightest(Encoder):

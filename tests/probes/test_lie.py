@@ -370,7 +370,29 @@ class Bag(nn.Module):
         return nn.functional.embedding_bag(torch.zeros(len(images), 1).long(), images.flatten(1)[:, :2])
 
 
-def test_a_constant_network_is_degenerate_and_says_so():
+class Image(Encoder):
+    """The image as its own features: it moves as declared, to the last bit."""
+
+    in_channels, dim = 1, 1
+
+    def fibres(self, images):
+        return images[:, :, None]
+
+    def pool(self, fibres):
+        return fibres.mean((2, 3, 4))
+
+
+def test_no_derivative_at_all_is_drawn_and_has_no_shares(tmp_path):
+    pixels = torch.randint(0, 256, (9, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    made = Subject(Image(), Resident("noise", "test", pixels, None), provenance={"run": "r"})
+    found = probe(made, Options(generator=("rotate", "zoom"), layer=("fibres",), shares=True))
+    assert [r["value"] for r in rows(found)] == [0, 0]
+    assert [t.name for t in found.tables] == ["lie"]
+    assert sum("is zero" in note for note in found.notes) == 2
+    assert artifact.load(found.save(tmp_path)).to_json() == found.to_json()
+
+
+def test_a_constant_network_is_degenerate_and_says_so(tmp_path):
     class Constant(Encoder):
         in_channels, dim = 1, 2
 
@@ -385,7 +407,7 @@ def test_a_constant_network_is_degenerate_and_says_so():
     assert all(m.value is None for m in found.metrics)
     assert "nothing can be told" in found.headline
     assert sum("is zero" in note for note in found.notes) == 2
-    json.dumps(found.to_json(), allow_nan=False)
+    found.save(tmp_path)
 
 
 def test_crop_judges_only_what_sees_the_image_alone():
