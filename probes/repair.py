@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -198,14 +199,11 @@ def blur(maps: Tensor, down: Sequence[int], mode: str) -> Tensor:
     for axis, s in ((-2, down[0]), (-1, down[1])):
         if s == 1:
             continue
-        taps = torch.ones(1, dtype=maps.dtype, device=maps.device)
-        for _ in range(2 * s - 2):
-            taps = F.conv1d(taps[None, None], maps.new_ones(1, 1, 2), padding=1)[0, 0]
-        taps = taps / taps.sum()
+        taps = torch.tensor([math.comb(2 * s - 2, k) for k in range(2 * s - 1)], dtype=torch.float64) / 4 ** (s - 1)
         room = s - 1
         pads = (0, 0, room, room) if axis == -2 else (room, room, 0, 0)
         wrapped = F.pad(maps, pads, mode=mode if room < maps.shape[axis] else "replicate")
-        kernel = taps.view(1, 1, -1, 1) if axis == -2 else taps.view(1, 1, 1, -1)
+        kernel = (taps.view(1, 1, -1, 1) if axis == -2 else taps.view(1, 1, 1, -1)).to(maps)
         maps = F.conv2d(wrapped, kernel.expand(maps.shape[1], 1, *kernel.shape[2:]), groups=maps.shape[1])
     return maps
 
