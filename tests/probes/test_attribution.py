@@ -57,7 +57,7 @@ class Net(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         a = self.first(images)
         # pre-activation: a goes through a ReLU and past it, so that its gradient is a sum
-        b = a + self.second(self.act(a.clone()))
+        b = a + self.second(self.act(a.clone() if self.style == "in place" else a))
         return self.head(self.act(b, True).mean(dim=(2, 3)))
 
 
