@@ -48,6 +48,7 @@ WATCHED = {*GRIDS, *NONLINEAR, *MIXING, "pad", "linear"}
 class Call:
     """One call of a pass, numbered among the calls that are watched.
 
+    layer: the module that makes it, or the parameter that brings the place in.
     what: in words ("convolution", "max-pool", "relu", "position", "linear over places", "unread").
     kernel, stride, dilation, before, after: along (y, x); before and after are the padding at the two ends. mode: what is
     padded with ("zeros", "circular", "reflect", "replicate", "lowest" in a max-pool), "" without padding.
@@ -128,7 +129,8 @@ def read(features: Callable[[Tensor], Any], images: Tensor, module: nn.Module) -
     module is kept or changed.
     """
     with _where(module) as places:
-        reader = _Reader(images, places)
+        held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+        reader = _Reader(images, places, {t.untyped_storage().data_ptr(): name for name, t in held.items()})
         with reader:
             output = features(images)
     came = reader.family(_tensors(output))
@@ -154,10 +156,10 @@ def _where(module: nn.Module) -> Iterator[list[tuple[str, nn.Module]]]:
 class _Reader(Watch):
     """Records calls. A tensor that comes from the image is known by its address: its grid call, its reach, all its calls."""
 
-    def __init__(self, images: Tensor, places: list[tuple[str, nn.Module]]) -> None:
+    def __init__(self, images: Tensor, places: list[tuple[str, nn.Module]], held: dict[int, str]) -> None:
         super().__init__()
         self.calls: list[Call] = []
-        self.places = places
+        self.places, self.held = places, held
         # Tensors are kept so that no address is used twice.
         self.known: dict[int, tuple[Tensor, int | None, tuple[float, float]]] = {id(images): (images, None, (1.0, 1.0))}
         self.families: dict[int, frozenset[int]] = {}
@@ -190,7 +192,10 @@ class _Reader(Watch):
             self.padded[id(output)] = made
             return output
         if found is not None:
-            self.calls.append(replace(made, what="position"))
+            marks = _operands(name, args)[found]
+            self.calls.append(replace(
+                made, what="position", layer=self.held.get(marks.untyped_storage().data_ptr(), made.layer)
+            ))
         elif name == "linear" and id(given[0]) in self.flat:
             self.calls.append(replace(made, what="linear over places", size_in=self.flat[id(given[0])], size_out=(1, 1)))
         elif name in NONLINEAR and given[0].dim() >= 4 and min(sizes[0]) >= 4 and self._upright(given[0]):
@@ -262,12 +267,16 @@ class _Reader(Watch):
 
     def _position(self, name: str, args: Any) -> int | None:
         """Which operand does not come from the image and is not the same at all places of the maps or tokens it meets."""
-        operands = list(args[0]) if name.startswith(("cat", "conc")) else list(args[:2])
+        operands = _operands(name, args)
         inside = [t for t in operands if isinstance(t, Tensor) and id(t) in self.known]
         for number, operand in enumerate(operands):
             if isinstance(operand, Tensor) and id(operand) not in self.known and inside and _marks(operand, inside[0], name):
                 return number
         return None
+
+
+def _operands(name: str, args: Any) -> list[Any]:
+    return list(args[0]) if name.startswith(("cat", "conc")) else list(args[:2])
 
 
 def _marks(operand: Tensor, beside: Tensor, name: str) -> bool:

@@ -217,7 +217,8 @@ def test_positions_and_linear_maps_over_places_are_named():
         none = encoders.build("vit-small", in_channels=1, size=16, patch=4, width=24, depth=1, heads=2, position="none").eval()
         coordinates = encoders.build("cnn", in_channels=1, widths=(2, 2, 2), coordinates=True).eval()
     x = noise(2, 1, 16).float()
-    assert [c.what for c in read(vit.fibres, x, vit)][:2] == ["convolution", "position"]
+    told = [(c.what, c.layer) for c in read(vit.fibres, x, vit)]
+    assert told[:2] == [("convolution", "patch_embed.proj"), ("position", "pos_embed")]
     assert "position" not in [c.what for c in read(none.fibres, x, none)]
     assert "position" in [c.what for c in read(coordinates.fibres, x, coordinates)]
     flat = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(2 * 14 * 14, 3)).eval()
