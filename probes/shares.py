@@ -13,7 +13,6 @@ from geomssl.artifact import Figure, Table
 from geomssl.encoders.base import Encoder
 from geomssl.encoders.capture import Capture
 from geomssl.encoders.wrap import Wrapped
-from geomssl.errors import GeomsslError
 from geomssl.probes.assurance import interval, resampled_sums
 from geomssl.probes.derivative import Task, declared_flow
 from geomssl.probes.generators import Generator, forward_mode, pushed
@@ -54,7 +53,8 @@ def shares(encoder: nn.Module, task: Task, seed: int, level: float, resamples: i
     <tangent of the layer, v_l> = <tangent of the end, d> for every image, else it is left out and named.
     """
     run, order = _runner(encoder, task)
-    layers = sorted(task.reader.layers, key=lambda layer: order.index(layer.source))
+    layers = sorted((one for one in task.reader.layers if one.source in order), key=lambda layer: order.index(layer.source))
+    elsewhere = sorted({layer.source for layer in task.reader.layers} - set(order))
     sources = list(dict.fromkeys(layer.source for layer in layers))
     of = {source: [layer for layer in layers if layer.source == source] for source in sources}
     tallies = [_Tally([[] for _ in range(len(sources) + 1)], [], set()) for _ in task.generators]
@@ -69,7 +69,9 @@ def shares(encoder: nn.Module, task: Task, seed: int, level: float, resamples: i
             d = _flat(of[sources[-1]], slopes[-1]) - flows[-1]
             cotangents = _pulled(run, sources, of, x, d)
             _pair(tallies[g], moving, slopes, flows, cotangents, d, of, sources)
-    return _report(task, sources, tallies, undefined, seed, level, resamples)
+    found = _report(task, sources, tallies, undefined, seed, level, resamples)
+    said = [f"Not cuts, since another forward pass makes them: {', '.join(elsewhere)}."] if elsewhere else []
+    return Shares(found.tables, found.figures, [*said, *found.notes])
 
 
 def _declared(task: Task, chosen: Generator, layers: list[Layer], raw: Tensor) -> Tensor | None:
@@ -108,12 +110,6 @@ def _runner(encoder: nn.Module, task: Task) -> tuple[Any, list[str]]:
     x, _ = next(iter(task.batches([])))
     with torch.no_grad():
         order = list(run(x[:1]))
-    missing = wanted - set(order)
-    if missing:
-        raise GeomsslError(
-            f"--shares with layers {', '.join(sorted(missing))} that another forward pass makes", "layers of one pass",
-            reason="no-shares",
-        )
     return run, order
 
 

@@ -382,6 +382,16 @@ class Image(Encoder):
         return fibres.mean((2, 3, 4))
 
 
+def test_fibres_of_another_pass_are_no_cut():
+    class Twice(Image):
+        def forward(self, images):
+            return images.tanh().mean((2, 3))
+
+    found = probe(subject(module=Twice()), Options(generator=("brightness",), shares=True))
+    assert any("another forward pass makes them: fibres" in note for note in found.notes)
+    assert [(r["layer"], round(r["share"], 9)) for r in rows(found, "shares")] == [("h", 1)]
+
+
 def test_no_derivative_at_all_is_drawn_and_has_no_shares(tmp_path):
     pixels = torch.randint(0, 256, (9, 1, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     made = Subject(Image(), Resident("noise", "test", pixels, None), provenance={"run": "r"})
