@@ -365,7 +365,7 @@ def _strides(told: Account, size: tuple[int, int]) -> list[str]:
     notes = []
     placed = [(layer, act.geometry) for layer, act in zip(told.layers, told.actions, strict=True) if act.name == "spatial"]
     for layer, here in placed[:1] if len({g and (g.stride, g.source) for _, g in placed}) == 1 else placed:
-        if here is None:
+        if here is None or (here.source == "layers" and here.stride == (1.0, 1.0)):
             continue
         of = "" if len(told.layers) == 1 else f" of {layer.name}"
         stride = here.stride[0]

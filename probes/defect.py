@@ -138,7 +138,7 @@ def measure(
     size = _size(task.images(slice(0, 1)))
     shapes = [_places(mean) for mean in means]
     exact = [act.is_exact(task.params, places, size) for act, places in zip(task.actions, shapes, strict=True)]
-    permutes, trips = task.transform.is_exact(task.params, size), _has_inverse(task)
+    permutes, trips = task.transform.is_exact(task.params, size).cpu(), _has_inverse(task)
     sums = [_Sums.zeros(len(task.params), task.units.count) for _ in means]
     for index, rows in enumerate(track(slices, "equivariance")):
         x = task.images(rows)

@@ -74,7 +74,7 @@ def _masks(
         if layer.geometry is None:
             masks.append(None)
             continue
-        mask = clean(act, layer.geometry, params, layer.size, size, framed)
+        mask = clean(act, layer.geometry, params.cpu(), layer.size, size, framed)
         empty = ~mask.flatten(1).any(dim=1)
         if bool(empty.any()):
             worst = labels(transform, params)[int(empty.int().argmax())]
