@@ -205,7 +205,7 @@ def kill_probing(folder: Path, reference: Reference, kills: int, draws: random.R
         name = draws.choice(sorted(commands))
         if draws.random() < 0.5:
             # from nothing, and over what is there
-            shutil.rmtree(out)
+            shutil.rmtree(out, ignore_errors=True)
         there = measured(out)
         child = start(commands[name], folder / "said")
         counts["kills of probing"] += kill_after(child, draws.uniform(0, 1.2 * seconds[name]))
