@@ -27,7 +27,9 @@ def parse(model: type[S], data: Mapping[str, Any], where: str) -> S:
     try:
         return model.model_validate(dict(data))
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        # a key that is misspelt is also a key that is missing: the first says more
+        found = error.errors(include_url=False)
+        first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
         if first["type"] == "value_error" and isinstance(first.get("ctx", {}).get("error"), GeomsslError):
             raise first["ctx"]["error"] from None
         path = ".".join(str(p) for p in first["loc"])
@@ -37,8 +39,9 @@ def parse(model: type[S], data: Mapping[str, Any], where: str) -> S:
             raise GeomsslError(
                 f"{where}: unknown key {path!r}", f"one of {', '.join(valid)}", nearest(key, valid), reason="unknown-key"
             ) from None
-        given = "nothing" if first["type"] == "missing" else repr(first["input"])
-        message = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+        missing = first["type"] == "missing"
+        given = "nothing" if missing else repr(first["input"])
+        message = "a value" if missing else first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
         raise GeomsslError(f"{where}: {path or 'value'} = {given}", message, reason="bad-value") from None
 
 

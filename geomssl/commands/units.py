@@ -8,7 +8,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from pathlib import Path
@@ -153,7 +153,8 @@ def side_by_side(units: Sequence[Unit], asked: Asked, jobs: int) -> Iterator[tup
                 unit, slot = waiting.pop(0), slots.pop(0)
                 mine = dataclasses.replace(asked, device=f"cuda:{slot % gpus}") if gpus > 1 else asked
                 ours, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_child, args=(theirs, unit, mine, threads), daemon=True)
+                named = (unit.cell, unit.seed, unit.path, unit.layers)
+                process = context.Process(target=_child, args=(theirs, *named, mine, threads), daemon=True)
                 process.start()
                 theirs.close()
                 running[process.sentinel] = (process, ours, unit, slot)
@@ -172,13 +173,21 @@ def side_by_side(units: Sequence[Unit], asked: Asked, jobs: int) -> Iterator[tup
             process.join()
 
 
-def _child(pipe: Any, unit: Unit, asked: Asked, threads: int) -> None:
-    """One unit in a process of its own, which ends when its parent does."""
+def _child(
+    pipe: Any, cell: str, seed: int, path: Path, layers: tuple[Mapping[str, Any], ...], asked: Asked, threads: int
+) -> None:
+    """One unit in a process of its own, which ends when its parent does.
+
+    The recipe is built anew: settings of the user's own code have no module that a pickle could name.
+    """
     import torch
+
+    from geomssl.recipe import build
 
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
     try:
+        unit = Unit(cell, seed, path, build(layers), layers)
         pipe.send(guarded(lambda: run(unit, asked), unit))
     except KeyboardInterrupt:
         os._exit(130)
