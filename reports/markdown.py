@@ -64,7 +64,7 @@ def append_step_summary(text: str) -> bool:
     return True
 
 
-def annotations(verdicts: Sequence[Verdict]) -> list[str]:
+def workflow_commands(verdicts: Sequence[Verdict]) -> list[str]:
     """Workflow commands for what did not pass: ::error for a failure, ::warning for an inconclusive one, failures first.
 
     At most ANNOTATIONS lines; where there is more, the last line counts what is left out.

@@ -159,7 +159,7 @@ def _measured(
 def _gate(runs: tuple[str, ...], rules: str, **values: Any) -> int:
     from geomssl.reports import gate as judge
     from geomssl.reports.junit import junit
-    from geomssl.reports.markdown import annotations, append_step_summary, summary
+    from geomssl.reports.markdown import append_step_summary, summary, workflow_commands
 
     read = judge.read_rules(rules)
     baselines = collect(values["baseline"])
@@ -186,7 +186,7 @@ def _gate(runs: tuple[str, ...], rules: str, **values: Any) -> int:
         files.write(values["junit"], junit(verdicts))
     append_step_summary(summary(verdicts, artifacts))
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in annotations(verdicts):
+        for line in workflow_commands(verdicts):
             click.echo(line, err=values["json"])
     return judge.exit_code(verdicts, values["inconclusive"])
 

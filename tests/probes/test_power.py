@@ -102,6 +102,10 @@ class TestErrorsBySimulation:
             assert set(power.outcomes(above, below, limit, plan(256), trials=40, widen=0.7)) != {"inconclusive"}
             assert set(power.outcomes(above, below, limit, plan(256), trials=40, widen=1.2)) == {"inconclusive"}
 
+    def test_what_resampling_adds_counts_against_a_pass_that_the_interval_alone_would_give(self):
+        # Bounds near [.85, 1.2]: below 2 by themselves, and not with .97 added.
+        assert power.outcomes(*population(), 2.0, plan(64), trials=40, widen=0.97).count("passes") < 15
+
     def test_one_bad_element_fails_and_all_must_pass(self):
         above, below = population()
         both = torch.cat([above / 16, above], dim=1), torch.cat([below, below], dim=1)

@@ -13,7 +13,7 @@ from geomssl.errors import GeomsslError
 from geomssl.reports import markdown
 from geomssl.reports.gate import Rule, Rules, evaluate, exit_code, records
 from geomssl.reports.junit import MESSAGE, TEXT, junit
-from geomssl.reports.markdown import ANNOTATIONS, annotations, append_step_summary, summary
+from geomssl.reports.markdown import ANNOTATIONS, append_step_summary, summary, workflow_commands
 from geomssl.reports.numbers import bounds, figure, number
 
 RULES = Rules(rule=(
@@ -97,21 +97,21 @@ class TestJSON:
 
 class TestAnnotations:
     def test_failures_are_errors_and_come_first_and_passes_are_silent(self, verdicts):
-        lines = annotations(verdicts)
+        lines = workflow_commands(verdicts)
         assert [line.split(" ")[0] for line in lines] == ["::error"] * 2 + ["::warning"] * 2
         assert lines[0].startswith("::error title=geomssl gate%3A turns (simclr-cnn)::fail: expected total < 0.01")
 
     def test_there_are_at_most_ten_and_the_last_counts_the_rest(self, verdicts):
         failed = [v for v in verdicts if v.verdict == "fail"]
-        assert len(annotations(failed * 5)) == ANNOTATIONS == 10
-        lines = annotations(failed * 6)
+        assert len(workflow_commands(failed * 5)) == ANNOTATIONS == 10
+        lines = workflow_commands(failed * 6)
         assert len(lines) == ANNOTATIONS
         assert lines[-1] == "::error title=geomssl gate::3 more rules did not pass: see the summary"
-        assert annotations([v for v in verdicts if v.verdict == "pass"]) == []
+        assert workflow_commands([v for v in verdicts if v.verdict == "pass"]) == []
 
     def test_a_name_cannot_end_the_command_or_start_another(self, verdicts):
         odd = dataclasses.replace(verdicts[0], rule="a::b,c\n::error::x %", expected="1\r\n::warning::y")
-        (line,) = annotations([odd])
+        (line,) = workflow_commands([odd])
         assert "\n" not in line
         assert "\r" not in line
         title = line.split("::")[1]
