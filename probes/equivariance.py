@@ -22,7 +22,7 @@ from geomssl.probes.boundary import on_the_torus
 from geomssl.probes.defect import CHANCE, Bounds, DefectBounds, EquivarianceError, evaluating, modules_of
 from geomssl.probes.elements import elements, label, labels, spoken
 from geomssl.probes.inputs import BANDWIDTHS, SPECTRUM, Inputs, like, natural, pictures, rendered
-from geomssl.probes.judge import DEGENERATE, REFERENCES, Settings, judge
+from geomssl.probes.judge import DEGENERATE, REFERENCES, Settings, croppable, judge
 from geomssl.probes.layers import Reader, declare, read, single
 from geomssl.registry import load_attribute
 from geomssl.seeding import generator
@@ -298,9 +298,13 @@ def prepare(subject: subject.Subject, options: Options) -> Prepared:
         )
     chosen = load_attribute(options.action, "action") if ":" in options.action else options.action
     declared = [declare(chosen, transform, layer, getattr(subject.encoder, "group", None)) for layer in reader.layers]
+    actions = [act for act, _ in declared]
+    if options.boundary == "crop":
+        reader, actions, left = croppable(reader, actions, transform, params, inputs, options.layer)
+        remarks += left
     return Prepared(
-        reader, inputs, transform, params, [act for act, _ in declared], list(dict.fromkeys(why for _, why in declared)),
-        options.boundary, clusters, indices, settings, remarks,
+        reader, inputs, transform, params, actions, list(dict.fromkeys(why for _, why in declared)), options.boundary, clusters,
+        indices, settings, remarks,
     )
 
 

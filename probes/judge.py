@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,3 +122,35 @@ def _window(layer: Layer, size: Size) -> Window:
     assert layer.geometry is not None
     rows, columns = (layer.geometry.clean(layer.size[axis], size[axis], axis) for axis in (0, 1))
     return (*rows, *columns)
+
+
+def croppable(
+    reader: Reader, actions: list[Action], transform: Transform, params: Tensor, inputs: Inputs, named: Sequence[str]
+) -> tuple[Reader, list[Action], list[str]]:
+    """The layers of which `--boundary crop` leaves something, with a remark on the others.
+
+    GeomsslError where it leaves nothing of a layer that was named itself, or of any.
+    """
+    kept, left = [], []
+    refused: GeomsslError | None = None
+    for index, (layer, act) in enumerate(zip(reader.layers, actions, strict=True)):
+        try:
+            _masks([layer], [act], transform, params, inputs.size, "crop", inputs.moved is None)
+            kept.append(index)
+        except GeomsslError as error:
+            if error.reason != "no-field" or layer.source in named:
+                raise
+            refused = refused or error
+            left.append(layer.name)
+    if refused is None:
+        return reader, actions, []
+    if not kept:
+        raise refused
+    some = ", ".join(left[:4]) + (", …" if len(left) > 4 else "")
+
+    def features(images: Tensor) -> list[Tensor]:
+        given = reader.features(images)
+        return [given[index] for index in kept]
+
+    remark = f"{len(left)} layers were left out, of which --boundary crop leaves nothing: {some}."
+    return Reader(features, [reader.layers[i] for i in kept]), [actions[i] for i in kept], [remark]

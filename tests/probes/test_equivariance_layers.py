@@ -119,6 +119,18 @@ class TestOnePass:
                 probe(Subject(encoders.wrap(Odd(), in_channels=1), data), Options(layer=layer))
 
 
+    def test_layers_of_which_the_crop_leaves_nothing_are_left_out_unless_they_were_named(self):
+        data = Resident("noise", "test", (images() * 255).to(torch.uint8), None)
+        made = Subject(encoders.wrap(Net(), in_channels=1), data)
+        found = probe(made, Options(layer=("conv?", "head"), boundary="crop"))
+        assert found.table("layers").columns["layer"] == ["conv1", "head"]
+        assert found.table("layers").columns["kept"] == [36 / 64, 1.0]
+        assert any("leaves nothing: conv2" in note for note in found.notes)
+        for layers in (("conv1", "conv2"), ("conv2*",)):
+            with pytest.raises(GeomsslError, match="leaves nothing of conv2"):
+                probe(made, Options(layer=layers, boundary="crop"))
+
+
 class TestTokens:
     @pytest.mark.parametrize(("dtype", "most"), [(torch.float64, 1e-12), (torch.float32, 1e-4)])
     def test_without_position_embedding_patches_move_with_wrapped_shifts_by_whole_patches(self, dtype, most):
