@@ -21,6 +21,7 @@ from geomssl.probes.account import Account, account, sweep_table
 from geomssl.probes.boundary import on_the_torus
 from geomssl.probes.defect import CHANCE, Bounds, DefectBounds, EquivarianceError, evaluating, modules_of
 from geomssl.probes.elements import elements, label, labels, spoken
+from geomssl.probes.fitted import FittedAction, fit_action
 from geomssl.probes.inputs import BANDWIDTHS, SPECTRUM, Inputs, like, natural, pictures, rendered
 from geomssl.probes.judge import DEGENERATE, REFERENCES, Settings, croppable, judge
 from geomssl.probes.layers import Reader, declare, read, single
@@ -31,8 +32,8 @@ from geomssl.transforms.base import Transform
 from geomssl.transforms.groups import Translations
 
 __all__ = [
-    "Bounds", "DefectBounds", "EquivarianceError", "NotEquivariant", "Options", "Prepared", "assert_equivariant", "elements",
-    "equivariance_error", "equivariance_errors", "label", "prepare", "probe",
+    "Bounds", "DefectBounds", "EquivarianceError", "FittedAction", "NotEquivariant", "Options", "Prepared", "assert_equivariant",
+    "elements", "equivariance_error", "equivariance_errors", "fit_action", "label", "prepare", "probe",
 ]
 
 Model = Callable[[Tensor], Tensor]

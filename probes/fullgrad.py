@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from geomssl.errors import GeomsslError
+from geomssl.probes import known_bias
 
 # modules that read their children's weights without calling them
 WHOLE = (nn.MultiheadAttention,)
@@ -139,7 +140,9 @@ class _Recorder(TorchFunctionMode):
     def _before(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> None:
         # before the call, since it may overwrite its input
         self.paused = True
-        self.waiting.append(iter(_implicit_biases(module.forward, args, kwargs, name or type(module).__name__)[0]))
+        known = known_bias.of_module(module, args, kwargs)
+        biases = known or _implicit_biases(module.forward, args, kwargs, name or type(module).__name__)[0]
+        self.waiting.append(iter(biases))
 
     def _after(self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         biases = self.waiting.pop()
@@ -150,7 +153,9 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         flows = not self.paused and torch.is_grad_enabled() and any(_flows(v) for v in _leaves((args, kwargs)))
-        if not flows or func.__name__ in ("__get__", "__set__"):
+        if not flows or func.__name__ in ("__get__", "__set__", "register_hook"):
+            return func(*args, **kwargs)
+        if known_bias.of_function(func, list(_leaves((args, kwargs)))):
             return func(*args, **kwargs)
         name = f"{self.inside[-1]} {func.__name__.strip('_')}".strip()
         biases, written = _implicit_biases(func, args, kwargs, name)
@@ -164,6 +169,9 @@ class _Recorder(TorchFunctionMode):
 
     def _opened(self, value: Any, bias: Tensor | None, name: str) -> Any:
         """The output with zeros added to it, where it has an implicit bias, one image a row."""
+        if bias is not None and isinstance(value, Tensor) and bias.dim() == 1 and value.dim() > 1:
+            # a known bias, one number a channel
+            bias = bias.detach().view(-1, *[1] * (value.dim() - 2)).expand_as(value)
         # parts that do not lie image by image cannot be told apart, and stay in the residual
         if bias is None or not isinstance(value, Tensor) or len(bias.shape) == 0 or len(bias) != self.n:
             return value
@@ -172,7 +180,7 @@ class _Recorder(TorchFunctionMode):
             return value
         self.counts[name] = self.counts.get(name, 0) + 1
         called = name if self.counts[name] == 1 else f"{name} ({self.counts[name]})"
-        added = torch.zeros_like(bias).requires_grad_(True)
+        added = torch.zeros_like(value).requires_grad_(True)
         self.calls.append(_Call(called, bias, added))
         return value + added
 
@@ -285,7 +293,9 @@ def _psi(product: Tensor) -> Tensor:
     """|v| between its minimum and maximum over one image's channels and places, summed over channels: (n, H, W)."""
     size = product.abs().flatten(1, -3)
     low, high = size.amin(dim=(1, 2, 3), keepdim=True), size.amax(dim=(1, 2, 3), keepdim=True)
-    return torch.where(high > low, (size - low) / (high - low).clamp_min(torch.finfo(size.dtype).tiny), 0).sum(dim=1)
+    low, high = low.squeeze(1), high.squeeze(1)
+    above = size.sum(dim=1) - size.shape[1] * low
+    return torch.where(high > low, above / (high - low).clamp_min(torch.finfo(size.dtype).tiny), 0).clamp_min(0)
 
 
 @cache
