@@ -32,8 +32,8 @@ from geomssl.transforms.base import Transform
 from geomssl.transforms.groups import Translations
 
 __all__ = [
-    "Bounds", "DefectBounds", "EquivarianceError", "FittedAction", "NotEquivariant", "Options", "Prepared", "assert_equivariant",
-    "elements", "equivariance_error", "equivariance_errors", "fit_action", "label", "prepare", "probe",
+    "Bounds", "DefectBounds", "EquivarianceError", "FittedAction", "NotEquivariant", "Options", "Prepared",
+    "assert_equivariant", "elements", "equivariance_error", "equivariance_errors", "fit_action", "label", "prepare", "probe",
 ]
 
 Model = Callable[[Tensor], Tensor]
