@@ -150,6 +150,7 @@ class Options(subject.Options):
     k: int = Field(20, ge=1, description="neighbours that vote in the cosine kNN")
     train_n: int | None = Field(None, ge=2, description="training images to use; all of them when not given")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the training images on which the regularisation is chosen")
+    beside: bool = Field(True, description="read z, the random encoder and raw pixels too; raw pixels take most of the time")
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     k = min(options.k, len(train_indices))
     notes: list[str] = []
     readings = []
-    for name, key, train, test in _kinds(subject, train_indices, indices, notes):
+    for name, key, train, test in _kinds(subject, train_indices, indices, options.beside, notes):
         fitted = fit(train, known, options.seed, held_out=options.held_out)
         if not fitted.converged:
             notes.append(f"The linear classifier on {name} stopped at its iteration limit; its accuracy is a lower bound.")
@@ -237,10 +238,12 @@ class _Draw(subject.Options):
 
 
 def _kinds(
-    subject: subject.Subject, train: Tensor, test: Tensor, notes: list[str]
+    subject: subject.Subject, train: Tensor, test: Tensor, beside: bool, notes: list[str]
 ) -> Iterator[tuple[str, str, Tensor, Tensor]]:
     """Name, key, training and test features of every kind that is compared."""
     yield "encoder", "h", subject.features(train, "h", "train"), subject.features(test, "h")
+    if not beside:
+        return
     if subject.projector is not None:
         yield "projector", "z", subject.features(train, "z", "train"), subject.features(test, "z")
     twin = subject.random_twin()
@@ -303,7 +306,7 @@ def _headline(by: dict[tuple[str, str], Reading], chance: float, n: int) -> str:
               (("random", "the random encoder"), ("pixels", "raw pixels")) if (key, "linear") in by]
     return (
         f"A linear classifier reads the class of {by['h', 'linear'].accuracy:.1%} of {n} test images from the frozen features "
-        f"({', '.join(others)}; chance {chance:.3f})."
+        f"({'; '.join([*([', '.join(others)] if others else []), f'chance {chance:.3f}'])})."
     )
 
 

@@ -7,10 +7,13 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from geomssl.config import Settings, parse
 from geomssl.data.base import Presence, Resident, Source, Split, to_unit
 from geomssl.errors import GeomsslError
 from geomssl.registry import names, resolve
+from geomssl.seeding import generator
 
 __all__ = [
     "Presence", "Resident", "Source", "Split",
@@ -38,6 +41,10 @@ def load_config(config: Settings, split: Split) -> Source:
     if split not in ("train", "val", "test"):
         raise GeomsslError(f"split {split!r}", "train, val or test", reason="unknown-name")
     source: Source = resolve("dataset", config.name).load(config, split)  # type: ignore[attr-defined]
+    limit = getattr(config, "limit", None)
+    if limit is not None and isinstance(source, Resident) and limit < len(source):
+        drawn = torch.randperm(len(source), generator=generator(config.seed, f"limit-{split}"))  # type: ignore[attr-defined]
+        source = source.some(drawn[:limit].sort().values)
     if os.environ.get("RANK", "0") == "0":
         for note in source.notes:
             print(f"geomssl: {source.name}/{split}: {note}", file=sys.stderr)

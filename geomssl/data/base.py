@@ -111,6 +111,12 @@ class Resident(Source):
     def images(self, indices: Tensor) -> Tensor:
         return self.pixels.index_select(0, indices.to(self.pixels.device))
 
+    def some(self, indices: Tensor) -> Resident:
+        """The same source with those images alone, in that order."""
+        labels = None if self.labels is None else self.labels[indices]
+        factors = {name: values[indices] for name, values in self.factors.items()}
+        return Resident(self.name, self.split, self.pixels[indices], labels, self.classes, factors, self.watch, self.notes)
+
     def to(self, device: torch.device | str) -> Resident:
         moved = copy.copy(self)
         moved.pixels = self.pixels.to(device)

@@ -26,7 +26,8 @@ class Released(Settings):
 
     root: str | None = Field(None, description="folder with its files  [default: $GEOMSSL_DATA, then the cache]")
     val: float = Field(0.1, ge=0, lt=1, description="share of each class of the released train that is val")
-    seed: int = Field(0, ge=0, description="seed of that share")
+    seed: int = Field(0, ge=0, description="seed of that share, and of limit")
+    limit: int | None = Field(None, ge=2, description="images to use of each split, a seeded draw  [default: all]")
     download: bool = Field(True, description="fetch what is not here")
 
 
