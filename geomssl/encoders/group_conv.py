@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from geomssl.encoders.base import in_transform
+from geomssl.encoders.expanded import Expanded
 from geomssl.errors import GeomsslError
 from geomssl.transforms.base import Group
 from geomssl.transforms.groups import CyclicRotations, Dihedral
 
 
-class GroupConv2d(nn.Module):
+class GroupConv2d(Expanded):
     """Convolution on the plane's quarter turns (p4) and, with Dihedral(4), mirrors (p4m), Cohen and Welling (2016).
 
     [f * w](o, g, u) = b(o) + sum_{c, k, v} f(c, k, u + v) [Γ_g w](o, c, k, v), Γ_g w the regular action on the filter, so
@@ -24,8 +24,7 @@ class GroupConv2d(nn.Module):
 
     Input (N, C, H, W) with lifting, else (N, C, |G|, H, W); output (N, C', |G|, H', W'). weight (C', C, 1 or |G|, k, k),
     bias (C',), the same at every orientation. The filters of all orientations are one gather from the weight and meet
-    the input in one conv2d; in eval mode without gradients they are kept until the weight is written to. A write that
-    PyTorch does not count, as through `weight.data`, is seen only after `train()` or `refresh()`.
+    the input in one conv2d; how long they are kept, see Expanded.
 
     Exact where u + v and the grid turn into themselves: stride 1 at every size; stride s where (H + 2 padding - k) is a
     multiple of s. padding: pixels on each side, or "same" for odd kernels. padding_mode "zeros" or "circular".
@@ -68,7 +67,6 @@ class GroupConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, depth, kernel_size, kernel_size))
         self.bias = nn.Parameter(torch.empty(out_channels)) if bias else None
         self.register_buffer("index", filter_index(group, kernel_size, lifting), persistent=False)
-        self._kept: tuple[Tensor, int, Tensor] | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -77,43 +75,22 @@ class GroupConv2d(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def filters(self) -> Tensor:
+    def expand(self, weight: Tensor) -> Tensor:
         """The filters of all orientations, (C' |G|, C, k, k) with lifting, else (C' |G|, C |G|, k, k)."""
-        weight = self.weight
-        keeps = not (
-            self.training or (torch.is_grad_enabled() and weight.requires_grad) or torch.compiler.is_compiling()
-            or not isinstance(weight, nn.Parameter) or weight.is_inference() or in_transform()
-        )
-        if not keeps:
-            return self._expand(weight)
-        if self._kept is None or self._kept[0].data_ptr() != weight.data_ptr() or self._kept[1] != weight._version:
-            # The detached weight keeps its memory from being handed to another tensor at the same address.
-            self._kept = weight.detach(), weight._version, self._expand(weight.detach())
-        return self._kept[2]
-
-    def _expand(self, weight: Tensor) -> Tensor:
         turned = weight.flatten(2)[:, :, self.index]  # (C', C, |G|, 1 or |G|, k k): filter [g] is Γ_g w
         size = (self.kernel_size, self.kernel_size)
         return turned.transpose(1, 2).reshape(self.out_channels * self.order, -1, *size)
 
-    def refresh(self) -> None:
-        """Forget the kept filters."""
-        self._kept = None
-
-    def train(self, mode: bool = True) -> GroupConv2d:
-        self.refresh()
-        return super().train(mode)
+    def collect(self, filters: Tensor) -> Tensor:
+        # Each orientation permutes the numbers of the weight, so the transpose turns each filter back.
+        back = self.index.argsort(dim=1)
+        turned = filters.reshape(self.out_channels, self.order, self.in_channels, -1)
+        found = turned.gather(3, back.view(1, self.order, 1, -1).expand_as(turned)).sum(dim=1)
+        return found.reshape(self.weight.shape)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GroupConv2d:
         """Moves and casts of the weight as a 4-D tensor: PyTorch's channels-last format knows no other."""
         return super()._apply(lambda t: fn(t.flatten(1, 2)).unflatten(1, t.shape[1:3]) if t.dim() == 5 else fn(t), recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.refresh()
-        super()._load_from_state_dict(*args, **kwargs)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
 
     def forward(self, features: Tensor) -> Tensor:
         expected = (self.in_channels,) if self.lifting else (self.in_channels, self.order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -108,6 +109,26 @@ class BasicBlock(nn.Module):
         return (self.bn2(self.conv2(maps)) + shortcut).relu()
 
 
+class PreactivationBlock(nn.Module):
+    """conv2(relu(bn2(conv1 a))) + shortcut, a = relu(bn1(x)), 3x3 convolutions (He et al. 2016, as wide residual networks).
+
+    The shortcut is x itself; where the number of fields or the stride changes it is a 1x1 convolution of a.
+    """
+
+    def __init__(self, family: Family, before: int, after: int, stride: int = 1) -> None:
+        super().__init__()
+        self.bn1, self.conv1 = family.norm(before), family.conv(before, after, 3, stride, 1)
+        self.bn2, self.conv2 = family.norm(after), family.conv(after, after, 3, 1, 1)
+        self.downsample: nn.Module | None = None
+        if stride > 1 or before != after:
+            self.downsample = family.conv(before, after, 1, stride)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        active = self.bn1(maps).relu()
+        shortcut = maps if self.downsample is None else self.downsample(active)
+        return self.conv2(self.bn2(self.conv1(active)).relu()) + shortcut
+
+
 class ResidualSettings(InputSettings):
     """What the plain network and its twins have in common."""
 
@@ -182,12 +203,7 @@ class ResNet(Encoder):
         """
         if self.downsampling == "halve":
             return True
-        windows = [(self.kernel, self.stride, self.padding)] + [(3, 2, 1)] * (self.max_pools + self.stages - 1)
-        for kernel, stride, padding in windows:
-            if (size + 2 * padding - kernel) % stride:
-                return False
-            size = (size + 2 * padding - kernel) // stride + 1
-        return True
+        return windows_turn(size, [(self.kernel, self.stride, self.padding)] + [(3, 2, 1)] * (self.max_pools + self.stages - 1))
 
 
 class ResNet18(ResNet):
@@ -243,3 +259,12 @@ class C4ResNet18(ResNet):
 def max_pool(maps: Tensor, stride: int) -> Tensor:
     """Maximum over 3x3 windows of (N, ..., H, W), padded by one pixel."""
     return F.max_pool2d(maps.flatten(1, -3), 3, stride, 1).unflatten(1, maps.shape[1:-2])
+
+
+def windows_turn(size: int, windows: Sequence[tuple[int, int, int]]) -> bool:
+    """Whether windows (kernel, stride, padding), one after the other, lie alike from both ends of `size` pixels."""
+    for kernel, stride, padding in windows:
+        if (size + 2 * padding - kernel) % stride:
+            return False
+        size = (size + 2 * padding - kernel) // stride + 1
+    return True

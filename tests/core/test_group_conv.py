@@ -154,8 +154,8 @@ class TestKeptFilters:
 
     def expanded(self, conv, monkeypatch):
         calls = []
-        real = conv._expand
-        monkeypatch.setattr(conv, "_expand", lambda w: calls.append(1) or real(w))
+        real = conv.expand
+        monkeypatch.setattr(conv, "expand", lambda w: calls.append(1) or real(w))
         return calls
 
     @torch.no_grad()
