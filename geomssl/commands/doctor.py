@@ -84,8 +84,8 @@ def _versions() -> Iterator[Finding]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """2.13.0+cpu -> (2, 13, 0): what compares, without a local or a pre-release part."""
-    leading = re.match(r"\d+(?:\.\d+)*", version)
+    """2.13.0+cpu -> (2, 13): what compares, without trailing zeros and without a local or a pre-release part."""
+    leading = re.match(r"\d+(?:\.\d+)*?(?=(?:\.0+)*(?![.\d]))", version)
     return tuple(int(part) for part in leading[0].split(".")) if leading else ()
 
 
@@ -149,6 +149,10 @@ def _precisions() -> Iterator[Finding]:
 def _datasets() -> Iterator[Finding]:
     from geomssl import data
 
+    place = os.environ.get("GEOMSSL_DATA")
+    if place and not Path(place).expanduser().is_dir():
+        yield Finding("data sets", f"GEOMSSL_DATA is {place}, no folder", "problem", "make it, or unset GEOMSSL_DATA")
+        return
     present: list[str] = []
     absent: list[str] = []
     for name in names("dataset"):
@@ -159,9 +163,6 @@ def _datasets() -> Iterator[Finding]:
     yield Finding("data sets", f"here: {', '.join(present) or 'none'}")
     if absent:
         yield Finding("data sets", f"not here: {', '.join(absent)}", "note", "geomssl datasets says where each comes from")
-    place = os.environ.get("GEOMSSL_DATA")
-    if place and not Path(place).is_dir():
-        yield Finding("data sets", f"GEOMSSL_DATA is {place}, no folder", "problem", "make it, or unset GEOMSSL_DATA")
 
 
 def _browser() -> Iterator[Finding]:
