@@ -1,102 +1,30 @@
-"""rank: how many directions the projector's weights and the features use, for every threshold and by four estimators."""
+"""rank: how many directions the projector's weights and the features use, for every threshold and by every estimator."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
-from geomssl.errors import GeomsslError, unknown
-from geomssl.probes import checks, subject
+from geomssl.probes import estimators, subject
+from geomssl.probes.estimators import effective_rank, participation_ratio, rank, singular_values, stable_rank
+from geomssl.probes.halves import FEWEST, around, halves, mean
+from geomssl.probes.streaming import repeated, spectrum, triangle
+from geomssl.probes.subject import Layer
 from geomssl.seeding import generator
 
+__all__ = ["effective_rank", "participation_ratio", "probe", "rank", "singular_values", "stable_rank"]
+
 THRESHOLDS = tuple(10.0 ** (k / 6) for k in range(-36, 13))
-
-
-def singular_values(matrix: Tensor) -> Tensor:
-    """Singular values of a matrix (n, d): min(n, d) numbers, largest first, float64 on the CPU.
-
-    By an SVD in float64: the root of a float32 Gram matrix is 39 % off at a condition number of 1e4.
-    Raises GeomsslError where the matrix is empty or not finite.
-    """
-    return torch.linalg.svdvals(checks.matrix(matrix, "a matrix"))
-
-
-def rank(matrix: Tensor, tau: float, relative: bool = False) -> int:
-    """Rank at a threshold: the number of singular values sigma_j >= tau.
-
-    tau: > 0; with relative=True the threshold is tau sigma_1, and a zero matrix has rank 0.
-    Raises GeomsslError where tau is not positive. Source: Cosentino et al. 2022, Eq. 2 (the absolute form).
-    """
-    return _rank(singular_values(matrix), tau, relative)
-
-
-def effective_rank(
-    matrix: Tensor, eps: float = 0.0, centre: bool = False, of: Literal["singular", "variance"] = "singular"
-) -> float:
-    """Effective rank: exp of the entropy of the normalised spectrum, between 1 and min(n, d); 0 for a zero matrix.
-
-        p_k = s_k / sum_j s_j + eps,     erank = exp(-sum_k p_k log p_k),     0 log 0 = 0
-
-    of:     "singular" takes s_k = sigma_k (Roy and Vetterli 2007), "variance" s_k = sigma_k^2.
-    centre: remove the mean row first. A common mean left in place turns an exact 32 into 1.4.
-    eps:    added to every p_k and not renormalised, as RankMe does (Garrido et al. 2023). It inflates wide matrices: 1e-5
-            turns an exact 32 into 40.4 at d = 2048, so that it is 0 unless asked for.
-    """
-    if of not in ("singular", "variance"):
-        raise unknown("spectrum", of, ("singular", "variance"))
-    if not (eps >= 0 and math.isfinite(eps)):
-        raise GeomsslError(f"eps = {eps}", "a number >= 0", reason="bad-value")
-    values = checks.matrix(matrix, "a matrix")
-    return _effective(torch.linalg.svdvals(_centred(values) if centre else values), eps, of)
-
-
-def stable_rank(matrix: Tensor) -> float:
-    """Stable rank ||A||_F^2 / sigma_1^2 = sum_k sigma_k^2 / sigma_1^2 of the matrix as it is; 0 for a zero matrix."""
-    return _stable(singular_values(matrix))
-
-
-def participation_ratio(matrix: Tensor) -> float:
-    """Participation ratio (sum_k lambda_k)^2 / sum_k lambda_k^2 with lambda_k = sigma_k^2, of the matrix as it is.
-
-    Of centred features this is the participation ratio of their covariance. 0 for a zero matrix.
-    """
-    return _participation(singular_values(matrix))
-
-
-def _rank(sigma: Tensor, tau: float, relative: bool) -> int:
-    if not (tau > 0 and math.isfinite(tau)):
-        raise GeomsslError(f"tau = {tau}", "a threshold > 0", reason="bad-value")
-    return int(((sigma >= tau * (sigma[0] if relative else 1.0)) & (sigma > 0)).sum())
-
-
-def _effective(sigma: Tensor, eps: float, of: str) -> float:
-    if sigma[0] == 0:
-        return 0.0
-    # dividing by the largest first keeps the squares of tiny matrices from underflowing
-    spectrum = (sigma / sigma[0]) ** (2 if of == "variance" else 1)
-    p = spectrum / spectrum.sum() + eps
-    return float(torch.exp(-torch.xlogy(p, p).sum()))
-
-
-def _stable(sigma: Tensor) -> float:
-    return 0.0 if sigma[0] == 0 else float(((sigma / sigma[0]) ** 2).sum())
-
-
-def _participation(sigma: Tensor) -> float:
-    if sigma[0] == 0:
-        return 0.0
-    variance = (sigma / sigma[0]) ** 2
-    return float(variance.sum() ** 2 / (variance**2).sum())
-
-
-def _centred(values: Tensor) -> Tensor:
-    return values - values.mean(dim=0)
+# LiDAR factors its views anew for every half: fewer halves say enough
+LIDAR_HALVES = 10
+NO_SPREAD = "no spread: fewer than 4 images or no halves asked for"
+OF_WEIGHTS = "a property of the weights, not of a sample"
+Rows = list[dict[str, float | int | str | None]]
 
 
 class Options(subject.Options):
@@ -108,10 +36,18 @@ class Options(subject.Options):
     relative: bool = Field(True, description="measure tau against the largest singular value, so that scale does not matter")
     eps: float = Field(0.0, ge=0, description="added to the normalised singular values of the effective rank (RankMe: 1e-5)")
     halves: int = Field(40, ge=0, le=1000, description="random halves of the images for the spread of feature ranks")
+    fit_low: int = Field(3, ge=1, description="first index of the power law's fit (alpha)")
+    fit_high: int | None = Field(None, ge=3, description="last index of the fit  [default: half of the positive ones]")
+    views: int = Field(10, ge=0, le=1000, description="views of an image for LiDAR, by the training's policy; 0 leaves it out")
+    lidar_images: int = Field(1000, ge=2, description="images for LiDAR, at most; each costs `views` forward passes")
+    delta: float = Field(1e-4, gt=0, description="ridge of LiDAR's within-image scatter, in squared units of the features")
+    lidar_eps: float = Field(1e-7, ge=0, description="added to LiDAR's normalised eigenvalues, as its paper does")
 
 
 ESTIMATORS: dict[str, str] = {
     "rank": "singular values at or above the threshold",
+    "rank_absolute": "singular values at or above tau itself",
+    "rank_relative": "singular values at or above tau times the largest",
     "effective_rank": "exp of the entropy of the normalised singular values",
     "effective_rank_variance": "exp of the entropy of the normalised variances",
     "stable_rank": "sum of squared singular values over the largest squared",
@@ -128,65 +64,140 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     subject.need(2, "a rank")
     indices = subject.choose(options)
     weights = dict(_linear_maps(subject.projector))
-    features = {"features h": subject.features(indices)}
-    if subject.projector is not None:
-        features["features z"] = subject.features(indices, "z")
-    n = len(indices)
-
     notes: list[str] = []
     metrics: list[Metric] = []
     spectra: dict[str, Tensor] = {}
-    estimates: list[dict[str, float | int | str | None]] = []
-    for name, values in features.items():
-        exact = checks.matrix(values.flatten(1), name)
-        if checks.collapsed(values.flatten(1)):
-            exact = torch.zeros_like(exact)
-            notes.append(f"{name} are the same for all {n} images, up to rounding: they have collapsed to a point.")
-        spectra[name] = torch.linalg.svdvals(_centred(exact)) / math.sqrt(n)
-        if n <= exact.shape[1]:
-            notes.append(f"{name}: once centred, {n} images span at most {n - 1} of {exact.shape[1]} dimensions; use more.")
-        found = _estimate(spectra[name], options)
-        halves = _halves(exact, options)
-        for key, value in found.items():
-            interval = around(value, halves.get(key, []), min(n - 1, exact.shape[1]))
-            estimates.append(_row(name, key, value, exact.shape, interval, _mean(halves.get(key, []))))
-            metrics.append(
-                Metric(
-                    f"{key}_{name[-1]}", float(value), n=n, interval=interval,
-                    reason=None if interval else "no spread: fewer than 4 images or no halves asked for",
-                    unit="dimensions", about=f"{name}: {ESTIMATORS[key]}",
-                )
-            )
+    estimates: Rows = []
+    layers: tuple[Layer, ...] = ("h",) if subject.projector is None else ("h", "z")
+    for layer in layers:
+        values = subject.features(indices, layer).flatten(1)
+        name = f"features {layer}"
+        found = spectrum(triangle(values), values.dtype)
+        spectra[name] = found.sigma
+        notes += _about_features(name, values, found.collapsed)
+        shape = (len(values), values.shape[1])
+        drawn = [spectrum(half, values.dtype).sigma for half in halves(values, options.halves, options.seed, "rank-halves")]
+        for key, value in _estimate(found.sigma, options).items():
+            draws = [_estimate(sigma, options)[key] for sigma in drawn]
+            interval = around(value, draws, min(shape[0] - 1, shape[1]))
+            estimates.append(_row(name, key, value, shape, interval, mean(draws)))
+            metrics.append(_metric(name, key, value, shape[0], interval))
+        metrics.append(_alpha(name, found.sigma, drawn, shape[0], options))
+        metrics += _lidar(subject, layer, indices, found.collapsed, options, estimates, notes)
     for name, weight in weights.items():
         spectra[name] = singular_values(weight)
         for key, value in _estimate(spectra[name], options).items():
-            estimates.append(_row(name, key, value, weight.shape, None, None))
-            metrics.append(
-                Metric(
-                    f"{key}_{name.replace(' ', '_')}", float(value), reason="a property of the weights, not of a sample",
-                    unit="dimensions", about=f"{name}: {ESTIMATORS[key]}",
-                )
-            )
+            estimates.append(_row(name, key, value, tuple(weight.shape), None, None))
+            metrics.append(_metric(name, key, value, None, None))
+        metrics.append(_alpha(name, spectra[name], [], None, options))
     notes += _disagreements(estimates)
     notes += _about_projector(subject.projector, weights) + subject.projector_remarks()
     return Artifact(
         probe="rank",
         title="Rank of the projector and of the features",
-        headline=_headline(estimates, n, options),
+        headline=_headline(estimates, len(indices), options),
         definition=(
-            "rank(tau) = number of singular values sigma_k >= tau, or >= tau sigma_1 (relative). "
-            f"Effective rank = exp(-sum p_k log p_k) with p_k = sigma_k / sum sigma + eps, eps = {options.eps:g}; "
-            "of the variance with sigma_k^2. Stable rank = sum sigma_k^2 / sigma_1^2. "
-            "Participation ratio = (sum sigma_k^2)^2 / sum sigma_k^4. "
-            "Features are centred and divided by sqrt(n): sigma_k is a standard deviation. Weights are taken as they are. "
-            "All by a float64 singular value decomposition."
+            "rank(tau) = number of singular values sigma_k >= tau (absolute), or >= tau sigma_1 (relative); tau = "
+            f"{options.tau:g}. Effective rank = exp(-sum p_k log p_k) with p_k = sigma_k / sum sigma + eps, eps = "
+            f"{options.eps:g}; of the variance with sigma_k^2. Stable rank = sum sigma_k^2 / sigma_1^2. "
+            "Participation ratio = (sum sigma_k^2)^2 / sum sigma_k^4. alpha: sigma_k^2 ~ k^-alpha, least squares of "
+            "logarithms over the indices that its metric states. LiDAR = exp(-sum p_k log p_k), p_k = lambda_k / sum lambda + "
+            f"{options.lidar_eps:g}, lambda the eigenvalues of between- over within-image scatter of {options.views} views an "
+            f"image, ridge {options.delta:g}. Features are centred and divided by sqrt(n): sigma_k is a standard deviation, "
+            "and 0 at or below the rounding of the features (eps of their dtype times their root mean square length). "
+            "Weights are taken as they are, neither centred nor scaled. Float64, by QR and singular value decomposition."
         ),
         metrics=metrics,
         tables=[_estimates_table(estimates), _curve(spectra), _spectrum(spectra)],
         figures=_figures(),
-        notes=notes,
+        notes=list(dict.fromkeys(notes)),
         options=options.model_dump(mode="json"),
         provenance=subject.provenance,
+    )
+
+
+def _about_features(name: str, values: Tensor, collapsed: bool) -> list[str]:
+    n, d = values.shape
+    notes = []
+    if collapsed:
+        return [f"{name} are the same for all {n} images, up to rounding: they have collapsed to a point."]
+    if n <= d:
+        notes.append(
+            f"{name}: once centred, {n} images span at most {n - 1} of {d} dimensions; use more. A rank near {n - 1} says only "
+            "that the images end; one far below it does speak of the features."
+        )
+    twins = repeated(values)
+    if twins:
+        notes.append(f"{name}: {twins} of {n} images have exactly the features of another; {n - twins} images count.")
+    return notes
+
+
+def _lidar(
+    subject: subject.Subject, layer: Layer, indices: Tensor, collapsed: bool, options: Options, estimates: Rows,
+    notes: list[str],
+) -> list[Metric]:
+    """LiDAR of one layer, or why there is none."""
+    name, about = f"lidar_{layer}", f"features {layer}: effective rank of between- over within-image scatter"
+    reason = "the features have collapsed to a point" if collapsed else None
+    if options.views < 2:
+        reason = "--views 0: left out" if options.views == 0 else "--views 1: nothing is known within an image"
+    if reason:
+        return [Metric(name, None, reason=reason, unit="dimensions", about=about)]
+    n = min(len(indices), options.lidar_images)
+    draw = torch.randperm(len(indices), generator=generator(options.seed, "rank-lidar"))[:n].sort().values
+    policy = subject.training_policy(notes)
+    views = [
+        subject.features(indices[draw], layer, view=(policy, options.seed, k + 1)).flatten(1)
+        for k in range(options.views)
+    ]
+    found = estimators.lidar(views, options.delta, options.lidar_eps)
+    d = views[0].shape[1]
+    drawn = []
+    for number in range(min(options.halves, LIDAR_HALVES) if n >= FEWEST else 0):
+        rows = torch.randperm(n, generator=generator(options.seed, "rank-lidar-halves", number))[: n // 2]
+        drawn.append(estimators.lidar(views, options.delta, options.lidar_eps, rows).value)
+    if options.delta > found.within:
+        notes.append(
+            f"LiDAR of {layer}: the ridge {options.delta:g} exceeds the mean variance within images, {found.within:.2g}"
+            f"{' (the views of an image do not differ)' if found.within == 0 else ''}: LiDAR is then mostly that of the means."
+        )
+    if n * (options.views - 1) < d:
+        notes.append(
+            f"LiDAR of {layer}: {n} images of {options.views} views leave the within-image scatter singular in {d} dimensions; "
+            "the ridge decides there. Use more."
+        )
+    interval = around(found.value, drawn, min(n - 1, d))
+    estimates.append(_row(f"features {layer}", "lidar", found.value, (n, d), interval, mean(drawn)))
+    return [Metric(name, found.value, n, interval, None if interval else NO_SPREAD, "dimensions", about=about)]
+
+
+def _metric(name: str, key: str, value: float, n: int | None, interval: Interval | None) -> Metric:
+    if n is None:
+        short, reason = name.replace(" ", "_"), OF_WEIGHTS
+    else:
+        short, reason = name[-1], NO_SPREAD
+    return Metric(
+        f"{key}_{short}", float(value), n, interval, None if interval else reason, "dimensions",
+        about=f"{name}: {ESTIMATORS[key]}",
+    )
+
+
+def _alpha(name: str, sigma: Tensor, drawn: list[Tensor], n: int | None, options: Options) -> Metric:
+    """The exponent of the power law of a spectrum, its range of indices stated."""
+    short = name[-1] if n is not None else name.replace(" ", "_")
+    fit = estimators.power_law(sigma, options.fit_low, options.fit_high)
+    if fit is None:
+        reason = f"fewer than three positive singular values from index {options.fit_low} on"
+        return Metric(f"alpha_{short}", None, n, reason=reason, about=f"{name}: exponent of the power law")
+    others = [estimators.power_law(half, fit.low, fit.high) for half in drawn]
+    alphas = [other.alpha for other in others if other is not None and other.high == fit.high]
+    interval = around(fit.alpha, alphas, math.inf) if len(alphas) == len(others) else None
+    reason = "halves of the images do not reach the last index of the fit" if others else NO_SPREAD
+    reason = OF_WEIGHTS if n is None else reason
+    return Metric(
+        f"alpha_{short}", fit.alpha, n, interval, None if interval else reason,
+        about=f"{name}: exponent over indices {fit.low}-{fit.high}, R2 = {fit.r2:.3f}"
+        + ("" if fit.r2 >= 0.95 else "; no power law there, alpha says little"),
     )
 
 
@@ -198,47 +209,16 @@ def _linear_maps(projector: nn.Module | None) -> Iterator[tuple[str, Tensor]]:
 
 
 def _estimate(sigma: Tensor, options: Options) -> dict[str, float]:
-    """Every estimator of one spectrum, by the names of ESTIMATORS."""
+    """Every estimator of one spectrum, by the names of ESTIMATORS; of the two ranks, the one not quoted has its own name."""
+    other = "rank_absolute" if options.relative else "rank_relative"
     return {
-        "rank": _rank(sigma, options.tau, options.relative),
-        "effective_rank": _effective(sigma, options.eps, "singular"),
-        "effective_rank_variance": _effective(sigma, options.eps, "variance"),
-        "stable_rank": _stable(sigma),
-        "participation_ratio": _participation(sigma),
+        "rank": estimators.count(sigma, options.tau, options.relative),
+        other: estimators.count(sigma, options.tau, not options.relative),
+        "effective_rank": estimators.effective(sigma, options.eps),
+        "effective_rank_variance": estimators.effective(sigma, options.eps, "variance"),
+        "stable_rank": estimators.stable(sigma),
+        "participation_ratio": estimators.participation(sigma),
     }
-
-
-def _halves(values: Tensor, options: Options) -> dict[str, list[float]]:
-    """Every estimator on random halves of the images, drawn without replacement."""
-    found: dict[str, list[float]] = {key: [] for key in ESTIMATORS}
-    half = len(values) // 2
-    if half < 2:
-        return found
-    for draw in range(options.halves):
-        rows = torch.randperm(len(values), generator=generator(options.seed, "rank-halves", draw))[:half]
-        for key, value in _estimate(torch.linalg.svdvals(_centred(values[rows])) / math.sqrt(half), options).items():
-            found[key].append(value)
-    return found
-
-
-def _mean(draws: list[float]) -> float | None:
-    return sum(draws) / len(draws) if draws else None
-
-
-def around(value: float, draws: list[float], most: int) -> Interval | None:
-    """The spread of the halves about their own mean, laid around the value.
-
-    A half drawn without replacement differs from the whole about as much as the whole differs from the population, since
-    var(half) - var(whole) = var(whole). A bootstrap would repeat rows, and repeated rows lower every rank.
-    """
-    mean = _mean(draws)
-    if mean is None:
-        return None
-    low, high = (max(0.0, min(float(most), value - d)) for d in (max(draws) - mean, min(draws) - mean))
-    return Interval(
-        min(low, value), max(high, value),
-        f"range over {len(draws)} random halves of the images, without replacement, centred on the value",
-    )
 
 
 def _row(
@@ -251,7 +231,7 @@ def _row(
     }
 
 
-def _disagreements(estimates: list[dict[str, float | int | str | None]]) -> list[str]:
+def _disagreements(estimates: Rows) -> list[str]:
     """One sentence that names every object whose estimators differ by more than a factor of two."""
     found = []
     for name in dict.fromkeys(str(row["object"]) for row in estimates):
@@ -276,7 +256,7 @@ def _about_projector(projector: nn.Module | None, weights: dict[str, Tensor]) ->
     return []
 
 
-def _headline(estimates: list[dict[str, float | int | str | None]], n: int, options: Options) -> str:
+def _headline(estimates: Rows, n: int, options: Options) -> str:
     value = {(r["object"], r["estimator"]): r for r in estimates}
     h = value["features h", "effective_rank"]
     text = f"The features h of {n} images fill {float(h['value'] or 0):.3g} of {h['columns']} dimensions (effective rank)"
@@ -291,7 +271,7 @@ def _headline(estimates: list[dict[str, float | int | str | None]], n: int, opti
     )
 
 
-def _estimates_table(estimates: list[dict[str, float | int | str | None]]) -> Table:
+def _estimates_table(estimates: Rows) -> Table:
     return Table(
         "estimates", "Every estimator of every object", {key: [row[key] for row in estimates] for key in estimates[0]},
         "of: the largest rank that the shape allows. mean_of_halves: where it lies well under the value, n is too small.",
@@ -300,7 +280,8 @@ def _estimates_table(estimates: list[dict[str, float | int | str | None]]) -> Ta
 
 def _curve(spectra: dict[str, Tensor]) -> Table:
     rows = [
-        (name, tau, _rank(sigma, tau, False), _rank(sigma, tau, True)) for name, sigma in spectra.items() for tau in THRESHOLDS
+        (name, tau, estimators.count(sigma, tau, False), estimators.count(sigma, tau, True))
+        for name, sigma in spectra.items() for tau in THRESHOLDS
     ]
     names = ("object", "tau", "rank_absolute", "rank_relative")
     return Table(

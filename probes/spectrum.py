@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from geomssl.artifact import Artifact, Figure, Metric, Table
-from geomssl.errors import GeomsslError
-from geomssl.probes import checks, subject
-from geomssl.probes.rank import around, effective_rank
+from geomssl.probes import subject
+from geomssl.probes.estimators import PowerLaw, effective, power_law
+from geomssl.probes.halves import around, halves
+from geomssl.probes.streaming import spectrum, triangle
 from geomssl.progress import track
-from geomssl.seeding import generator
 
-BLOCK = 4096
+__all__ = ["PowerLaw", "feature_spectrum", "power_law", "probe"]
+
 PLAIN, VIEWS = "plain", "views"
 RANDOM = "untrained, "
 
@@ -26,59 +26,12 @@ def feature_spectrum(features: Tensor, centre: bool = True, rows: Tensor | None 
 
         sigma_k = singular value k of (X - 1 mean') / sqrt(n),     centre=False: of X / sqrt(n)
 
-    so that centred ones are standard deviations along the principal directions. rows: use only those rows. Beyond 4096 rows X
-    is read block by block and folded into a triangle, R <- qr([R; block]), in float64: nothing is squared, so that small
-    singular values keep the accuracy of an SVD (a Gram matrix would lose those under 1e-8 sigma_1, in float32 under 3e-4).
+    so that centred ones are standard deviations along the principal directions. rows: use only those rows. X is read once,
+    block by block (streaming.Triangle): nothing is squared, and memory does not grow with n.
     Raises GeomsslError where X is no matrix or not finite.
     """
-    if features.dim() != 2 or features.numel() == 0:
-        raise GeomsslError(
-            f"features of shape {tuple(features.shape)}", "a matrix with at least one entry", reason="bad-shape"
-        )
-    where = torch.arange(len(features)) if rows is None else rows
-    blocks = where.split(BLOCK)
-
-    def block(part: Tensor) -> Tensor:
-        return checks.matrix(features[part], "features")
-
-    mean = torch.zeros(features.shape[1], dtype=torch.float64)
-    if centre:
-        # about the first row, so that a large common offset costs no digits
-        first = block(where[:1])[0]
-        mean = first + sum(((block(part) - first).sum(dim=0) for part in blocks), mean) / len(where)
-    triangle = block(blocks[0]) - mean
-    for part in blocks[1:]:
-        triangle = torch.linalg.qr(torch.cat([triangle, block(part) - mean]), mode="r").R
-    return torch.linalg.svdvals(triangle) / math.sqrt(len(where))
-
-
-@dataclass(frozen=True)
-class PowerLaw:
-    """lambda_k = c k^-alpha fitted between two indices (1-based, both included), with the share of variance explained."""
-
-    alpha: float
-    r2: float
-    low: int
-    high: int
-
-
-def power_law(sigma: Tensor, low: int = 3, high: int | None = None) -> PowerLaw | None:
-    """The exponent of the eigenvalues lambda_k = sigma_k^2 by least squares of log lambda_k on log k, low <= k <= high.
-
-    high: half of the positive singular values when not given, and never more than there are: a finite sample bends the tail.
-    None where fewer than three values are in range. Source: Agrawal et al. 2022 (alpha-ReQ); alpha near 1 is scale-free.
-    """
-    positive = int((sigma > 0).sum())
-    last = min(positive, high if high is not None else max(low + 2, positive // 2))
-    if last - low < 2:
-        return None
-    k = torch.arange(low, last + 1, dtype=torch.float64).log()
-    y = 2 * sigma[low - 1 : last].double().log()
-    x, centred = k - k.mean(), y - y.mean()
-    slope = float((x * centred).sum() / x.square().sum())
-    total = float(centred.square().sum())
-    r2 = 1 - float((centred - slope * x).square().sum()) / total if total > 0 else 1.0
-    return PowerLaw(-slope, r2, low, last)
+    found = triangle(features, rows)
+    return found.singular_values(centre) / math.sqrt(found.count)
 
 
 class Options(subject.Options):
@@ -157,19 +110,10 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
 
 
 def _one(features: Tensor, layer: str, data: str, options: Options) -> _Found:
-    n, d = features.shape
-    squares = sum(float(part.double().square().sum()) for part in features.split(BLOCK))
-    floor = torch.finfo(features.dtype).eps * math.sqrt(squares / n)
-
-    def cleaned(rows: Tensor | None) -> Tensor:
-        sigma = feature_spectrum(features, options.centre, rows)
-        return torch.where(sigma > floor, sigma, 0.0)
-
-    draws = (
-        torch.randperm(n, generator=generator(options.seed, "spectrum-halves", draw))[: n // 2]
-        for draw in range(options.halves)
-    )
-    return _Found(layer, data, (n, d), cleaned(None), [cleaned(rows) for rows in draws])
+    whole = spectrum(triangle(features), features.dtype, options.centre)
+    drawn = halves(features, options.halves, options.seed, "spectrum-halves")
+    spread = [spectrum(half, features.dtype, options.centre).sigma for half in drawn]
+    return _Found(layer, data, (len(features), features.shape[1]), whole.sigma, spread)
 
 
 def _metrics(one: _Found, options: Options, notes: list[str]) -> list[Metric]:
@@ -177,8 +121,8 @@ def _metrics(one: _Found, options: Options, notes: list[str]) -> list[Metric]:
     n, d = one.shape
     what = f"{one.layer} on {one.data} images" if one.data == PLAIN else f"{one.layer}, {one.data}"
     most = min(n - 1, d)
-    rank = effective_rank(torch.diag(one.sigma))
-    draws = [effective_rank(torch.diag(half)) for half in one.halves]
+    rank = effective(one.sigma)
+    draws = [effective(half) for half in one.halves]
     none = "no spread: no halves asked for"
     spread = around(rank, draws, most)
     metrics = [Metric(
@@ -192,7 +136,7 @@ def _metrics(one: _Found, options: Options, notes: list[str]) -> list[Metric]:
     else:
         others = [power_law(half, fit.low, fit.high) for half in one.halves]
         alphas = [o.alpha for o in others if o is not None and o.high == fit.high]
-        spread = around(fit.alpha, alphas, 1_000_000) if len(alphas) == len(others) else None
+        spread = around(fit.alpha, alphas, math.inf) if len(alphas) == len(others) else None
         metrics.append(Metric(
             f"alpha_{one.name}", fit.alpha, n, spread, None if spread else none if not others else
             "halves of the images do not reach the last index of the fit",
@@ -249,7 +193,7 @@ def _table(layer: str, found: list[_Found]) -> Table:
 
 
 def _headline(found: list[_Found]) -> str:
-    h = {one.data: effective_rank(torch.diag(one.sigma)) for one in found if one.layer == "h"}
+    h = {one.data: effective(one.sigma) for one in found if one.layer == "h"}
     d = found[0].shape[1]
     text = f"h fills {h[PLAIN]:.3g} of {d} dimensions on plain images and {h[VIEWS]:.3g} on views (effective rank)"
     return text + (f"; untrained, {h[RANDOM + PLAIN]:.3g} and {h[RANDOM + VIEWS]:.3g}." if RANDOM + PLAIN in h else ".")

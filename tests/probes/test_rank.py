@@ -135,7 +135,7 @@ def test_bad_thresholds_and_names_are_refused() -> None:
 
 
 class Planted(nn.Module):
-    """An encoder that ignores its input and hands out planted features in order."""
+    """An encoder that ignores its input and hands out planted features in order, pass after pass."""
 
     dim, in_channels, group = 17, 1, None
 
@@ -145,7 +145,7 @@ class Planted(nn.Module):
         self.at = 0
 
     def forward(self, images: Tensor) -> Tensor:
-        found = self.table[self.at : self.at + len(images)]
+        found = self.table[torch.arange(self.at, self.at + len(images)) % len(self.table)]
         self.at += len(images)
         return found
 
