@@ -73,11 +73,15 @@ class Learner(nn.Module):
             return losses, F.cross_entropy(logits, batch.labels), correct
 
 
-def initialise(recipe: Recipe, channels: int, size: int, classes: int) -> Learner:
-    """Encoder, objective and classifier as the recipe's seed initialises them. The same on every device."""
+def initialise(recipe: Recipe, channels: int, size: int, classes: int, source: Source | None = None) -> Learner:
+    """Encoder, objective and classifier as the recipe's seed initialises them. The same on every device.
+
+    source: the training split, which an objective needs that learns from factors or from pairs of images.
+    """
     with seeded(recipe.seed, "initialise"):
         encoder = build_encoder(recipe, channels, size)
         objective = resolve("objective", recipe.objective.name)(recipe.objective, encoder, classes, channels)  # type: ignore[attr-defined]
+        objective.complete(encoder, size, source)
         classifier = nn.Linear(encoder.dim, classes) if classes > 1 else None
     return Learner(encoder, objective, classifier)
 
@@ -114,12 +118,20 @@ def make_batch(
     def moved(drawn: Tensor) -> Tensor:
         return drawn[rows].to(device, non_blocking=True)
 
+    def known(shown: Tensor) -> dict[str, Tensor]:
+        return {name: source.factors[name][shown].to(device, non_blocking=True) for name in objective.factors}
+
     views = {}
     for spec in objective.views:
         params = moved(
             spec.policy.sample(len(indices), generator(seed, f"view-{spec.name}", *counters), (source.size,) * 2)
         )
-        views[spec.name] = View(spec.policy(images, params).contiguous(memory_format=layout), params, spec.policy)
+        pixels, shown = images, own
+        if spec.partner is not None:
+            shown = spec.partner(indices, generator(seed, f"partner-{spec.name}", *counters))[rows]
+            pixels = to_unit(source.images(shown))
+        made = spec.policy(pixels, params).contiguous(memory_format=layout)
+        views[spec.name] = View(made, params, spec.policy, known(shown))
     draw = torch.rand(len(indices), objective.draws, generator=generator(seed, "draw", *counters))
     labels = None if source.labels is None else source.labels[own].to(device, non_blocking=True)
-    return Batch(views, labels, own, moved(draw))
+    return Batch(views, labels, own, moved(draw), known(own))

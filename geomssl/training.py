@@ -78,7 +78,8 @@ class Trainer:
                 f"batch_size = {recipe.batch_size} on {len(self.source)} training images", f"2 to {len(self.source)}",
                 reason="too-few-images",
             )
-        self.learner = initialise(recipe, self.source.channels, self.source.size, len(self.source.classes)).to(where)
+        shape = (self.source.channels, self.source.size, len(self.source.classes))
+        self.learner = initialise(recipe, *shape, self.source).to(where)
         self.learner.lower = lower
         self.layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         self.learner.encoder.to(memory_format=self.layout)  # type: ignore[call-overload]

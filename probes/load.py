@@ -71,7 +71,7 @@ def of_run(
     """
     # a library's own weights would be fetched only to be replaced
     recipe = recipe.model_copy(update={"encoder": _random(recipe.encoder)})
-    learner = initialise(recipe, trained_on.channels, trained_on.size, len(trained_on.classes))
+    learner = initialise(recipe, trained_on.channels, trained_on.size, len(trained_on.classes), trained_on)
     learner.load_state_dict(weights)
 
     def untrained() -> Encoder:

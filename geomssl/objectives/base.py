@@ -3,30 +3,41 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from geomssl.data.base import Source
 from geomssl.distributed import gather
 from geomssl.encoders.base import Encoder
 from geomssl.transforms.base import Transform
 
 
 class ViewSpec(NamedTuple):
-    """A view the trainer must make: its name in the batch, and the transform that draws it."""
+    """A view the trainer must make: its name in the batch, and the transform that draws it.
+
+    partner: which image of the training split is shown in place of image i, from indices (N,) and a generator to indices
+    (N,) on the CPU; None shows image i itself.
+    """
 
     name: str
     policy: Transform
+    partner: Callable[[Tensor, torch.Generator], Tensor] | None = None
 
 
 class View(NamedTuple):
-    """Images (N, C, H, W) in [0, 1], the parameters (N, P) that made them, and the transform that was applied."""
+    """Images (N, C, H, W) in [0, 1], the parameters (N, P) that made them, and the transform that was applied.
+
+    factors: of the images that are shown, (N,) each; those that the objective names.
+    """
 
     images: Tensor
     params: Tensor
     transform: Transform
+    factors: dict[str, Tensor] = {}
 
 
 @dataclass(frozen=True)
@@ -34,6 +45,7 @@ class Batch:
     """What one process sees of a step, on the device: its rows of the batch that all processes share.
 
     draw: uniform numbers in [0, 1) (N, objective.draws) of this step.
+    factors: of the images that `indices` name, (N,) each; those that the objective names.
     """
 
     views: dict[str, View]
@@ -60,6 +72,7 @@ class Objective(nn.Module):
 
     views:          what the trainer draws for every batch.
     draws:          how many uniform numbers an example needs beside its views (fibre locations).
+    factors:        the data set's factors that a step needs, by name.
     projector:      from h to z, or None.
     projector_note: a sentence for probes that feed it h, where it was trained on something else; or None.
     trains_encoder: False keeps the encoder in eval mode without gradients.
@@ -68,6 +81,7 @@ class Objective(nn.Module):
 
     views: tuple[ViewSpec, ...] = ()
     draws: int = 0
+    factors: tuple[str, ...] = ()
     projector: nn.Module | None
     projector_note: str | None = None
     trains_encoder: bool = True
@@ -80,6 +94,12 @@ class Objective(nn.Module):
     @property
     def policy(self) -> Transform | None:
         return self.views[-1].policy if self.views else None
+
+    def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:  # noqa: B027
+        """Make what depends on the side of the images or on the training split: heads, pairs. Called once, after __init__.
+
+        source is None where no data set is at hand. Raises GeomsslError where the data set lacks what the objective needs.
+        """
 
     @abstractmethod
     def forward(self, encoder: Encoder, batch: Batch) -> Losses: ...

@@ -122,7 +122,7 @@ def test_half_precision_reaches_the_encoder_and_its_losses_are_float32(case):
 
     def step(made, cache=None):
         drawn = samples.batch(made)
-        views = {k: type(v)(v.images.float(), v.params.float(), v.transform) for k, v in drawn.views.items()}
+        views = {k: v._replace(images=v.images.float(), params=v.params.float()) for k, v in drawn.views.items()}
         losses, classifier_loss, _ = made(type(drawn)(views, drawn.labels, drawn.indices, drawn.draw.float()), cache)
         assert losses.total.dtype == classifier_loss.dtype == torch.float32
         assert all(term.dtype == torch.float32 for term in losses.terms.values())

@@ -1,5 +1,6 @@
 """An encoder without norms, and every objective on it in float64: what equality to rounding is tested on."""
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -8,7 +9,6 @@ from torch import nn
 from geomssl import data, training
 from geomssl.config import Settings
 from geomssl.encoders.base import Encoder
-from geomssl.objectives.base import View
 from geomssl.recipe import build
 
 CPU = torch.device("cpu")
@@ -72,8 +72,8 @@ def learner(case, **more):
 def batch(made, n=12):
     """This process's rows of a batch of n digits, in float64."""
     drawn = training.make_batch(data.load("digits", "train"), torch.arange(n) * 7, made.objective, CPU, 0, 3, 4)
-    views = {name: View(v.images.double(), v.params.double(), v.transform) for name, v in drawn.views.items()}
-    return type(drawn)(views, drawn.labels, drawn.indices, drawn.draw.double())
+    views = {name: v._replace(images=v.images.double(), params=v.params.double()) for name, v in drawn.views.items()}
+    return replace(drawn, views=views, draw=drawn.draw.double())
 
 
 def gradients(made):
