@@ -117,10 +117,11 @@ def plan(path: Path, out: Path, only: Sequence[str] = ()) -> Plan:
         if chosen not in read:
             beside = path.parent / chosen
             read[chosen] = recipe.read(beside if beside.is_file() else chosen)
+        layers = (read[chosen], sweep.set, cell.set)
+        built = recipe.build(layers, f"{where}: cell {cell.name}")
         for seed in sweep.seeds:
-            layers = (read[chosen], sweep.set, cell.set, {"seed": seed})
-            built = recipe.build(layers, f"{where}: cell {cell.name}")
-            units.append(Unit(cell.name, seed, out / f"{cell.name}-s{seed}.pt", built, layers))
+            own = built.model_copy(update={"seed": seed})
+            units.append(Unit(cell.name, seed, out / f"{cell.name}-s{seed}.pt", own, (*layers, {"seed": seed})))
         paper[cell.name] = {
             metric: (value[0], value[1]) if isinstance(value, tuple) else (value, None) for metric, value in cell.paper.items()
         }
