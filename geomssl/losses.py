@@ -32,28 +32,73 @@ def info_nce(
     Raises GeomsslError for fewer than two pairs, unequal shapes or an unknown denominator.
     Sources: decoupled, Cosentino et al., Eq. 1; pooled, Keller et al., Eq. 2 and 3; nt-xent, Chen et al. 2020.
     """
-    _check(z1, z2, beta)
-    if denominator not in get_args(Denominator):
-        raise unknown("denominator", denominator, get_args(Denominator))
+    _check(z1, z2, beta, denominator)
     with torch.autocast(z1.device.type, enabled=False):
         a, b = F.normalize(wide(z1), dim=1), F.normalize(wide(z2), dim=1)
-        return _info_nce(a, b, beta, denominator, symmetric)
+        return _info_nce(_Scores(beta * (a * b).sum(dim=1), beta * a, a, beta * b, b), denominator, symmetric)
 
 
-def _info_nce(a: Tensor, b: Tensor, beta: float, denominator: Denominator, symmetric: bool) -> Tensor:
-    """The same of unit rows."""
-    positive = beta * (a * b).sum(dim=1)
-    own = torch.eye(len(a), dtype=torch.bool, device=a.device)
-    across = (beta * a @ b.T).masked_fill(own, -math.inf)
-    within1 = (beta * a @ a.T).masked_fill(own, -math.inf)
+def bilinear_info_nce(
+    z1: Tensor, z2: Tensor, weight: Tensor, beta: float = 10.0, denominator: Denominator = "pooled", symmetric: bool = False
+) -> Tensor:
+    """InfoNCE with the log-bilinear critic s(a, b) = a' W b in place of the cosine; rows are not normalised.
+
+    Denominators, shapes and errors as info_nce; weight W (p, p). s(a, b) is not s(b, a): pooled sums all four blocks
+    s(zj_i, zl_k), and the positive is s(z1_i, z2_i); symmetric averages over s(z1_i, z2_i) and s(z2_i, z1_i).
+    exp(beta a' W b) is how the printed exp(exp(a' W b)) / tau is read, beta = 1 / tau. Both a and b are local features of
+    one pass (local-local), where Deep InfoMax proper sets a local one against a global one.
+    Sources: Keller et al., Eq. 5; van den Oord et al. 2018; Hjelm et al. 2019.
+    """
+    _check(z1, z2, beta, denominator)
+    if weight.shape != (z1.shape[1], z1.shape[1]):
+        wanted = f"({z1.shape[1]}, {z1.shape[1]}), as z"
+        raise GeomsslError(f"a critic's weight of shape {tuple(weight.shape)}", wanted, reason="bad-shape")
+    with torch.autocast(z1.device.type, enabled=False):
+        a, b, w = wide(z1), wide(z2), beta * wide(weight)
+        aw, bw = a @ w, b @ w
+        return _info_nce(_Scores((aw * b).sum(dim=1), aw, a, bw, b, (bw * a).sum(dim=1)), denominator, symmetric)
+
+
+@dataclass(frozen=True)
+class _Scores:
+    """beta s as products: s(a_i, x_k) = left_a_i . x_k. backward: the positives s(b_i, a_i), where they are not s(a_i, b_i)."""
+
+    positive: Tensor
+    left_a: Tensor
+    a: Tensor
+    left_b: Tensor
+    b: Tensor
+    backward: Tensor | None = None
+
+
+def _info_nce(of: _Scores, denominator: Denominator, symmetric: bool) -> Tensor:
+    own = torch.eye(len(of.a), dtype=torch.bool, device=of.a.device)
+    across = (of.left_a @ of.b.T).masked_fill(own, -math.inf)
+    within1 = (of.left_a @ of.a.T).masked_fill(own, -math.inf)
     if denominator != "pooled" and not symmetric:
-        return (_log_denominator([across, within1], positive, denominator) - positive).mean()
-    within2 = (beta * b @ b.T).masked_fill(own, -math.inf)
+        return (_log_denominator([across, within1], of.positive, denominator) - of.positive).mean()
+    within2 = (of.left_b @ of.b.T).masked_fill(own, -math.inf)
+    back = across.T if of.backward is None else (of.left_b @ of.a.T).masked_fill(own, -math.inf)
+    returned = of.positive if of.backward is None else of.backward
+    positive = (of.positive + returned) / 2 if symmetric else of.positive
     if denominator == "pooled":
-        return (_log_denominator([across, across.T, within1, within2], positive, denominator) - positive).mean()
-    forward = _log_denominator([across, within1], positive, denominator)
-    backward = _log_denominator([across.T, within2], positive, denominator)
+        return (_log_denominator([across, back, within1, within2], positive, denominator) - positive).mean()
+    forward = _log_denominator([across, within1], of.positive, denominator)
+    backward = _log_denominator([back, within2], returned, denominator)
     return ((forward + backward) / 2 - positive).mean()
+
+
+def cosine_regression(predicted: Tensor, target: Tensor) -> Tensor:
+    """-mean_i cos(p_i, t_i) of rows (N, p), t without gradient: SimSiam's loss of one direction; BYOL's is 2 + 2 times it.
+
+    Half precision is computed and returned in float32, also under autocast. Chen and He 2021; Grill et al. 2020.
+    """
+    if predicted.shape != target.shape or predicted.dim() != 2:
+        given = f"predictions and targets of shapes {tuple(predicted.shape)} and {tuple(target.shape)}"
+        raise GeomsslError(given, "two matrices (N, p)", reason="bad-shape")
+    with torch.autocast(predicted.device.type, enabled=False):
+        unit, aim = F.normalize(wide(predicted), dim=1), F.normalize(wide(target.detach()), dim=1)
+        return -(unit * aim).sum(dim=1).mean()
 
 
 def wide(values: Tensor) -> Tensor:
@@ -94,7 +139,9 @@ def _log_denominator(similarities: list[Tensor], positive: Tensor, denominator: 
     return torch.cat(terms, dim=1).logsumexp(dim=1)
 
 
-def _check(z1: Tensor, z2: Tensor, beta: float) -> None:
+def _check(z1: Tensor, z2: Tensor, beta: float, denominator: str = "decoupled") -> None:
+    if denominator not in get_args(Denominator):
+        raise unknown("denominator", denominator, get_args(Denominator))
     if z1.shape != z2.shape or z1.dim() != 2:
         given = f"pairs of shapes {tuple(z1.shape)} and {tuple(z2.shape)}"
         raise GeomsslError(given, "two matrices (N, p)", reason="bad-shape")

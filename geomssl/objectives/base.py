@@ -95,7 +95,7 @@ class Objective(nn.Module):
     def policy(self) -> Transform | None:
         return self.views[-1].policy if self.views else None
 
-    def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:  # noqa: B027
+    def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:
         """Make what depends on the side of the images or on the training split: heads, pairs. Called once, after __init__.
 
         source is None where no data set is at hand. Raises GeomsslError where the data set lacks what the objective needs.

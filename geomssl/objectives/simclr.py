@@ -6,18 +6,22 @@ from typing import Literal
 
 from pydantic import Field
 
-from geomssl.config import Settings
+from geomssl.data.base import Source
 from geomssl.encoders.base import Encoder
 from geomssl.heads import mlp
 from geomssl.losses import Denominator, info_nce
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded, joint
+from geomssl.objectives.pairs import PairSettings, partners
 from geomssl.transforms import policy
 
 
 class SimCLR(Objective):
-    """L = InfoNCE(z1, z2), both directions averaged, z = projector(h(view))."""
+    """L = InfoNCE(z1, z2), both directions averaged, z = projector(h(view)).
 
-    class Config(Settings):
+    positives "next" and "object" with policy "none" are the time-based and the data set's own positives of row C7.
+    """
+
+    class Config(PairSettings):
         name: Literal["simclr"] = "simclr"
         policy: str = Field("simclr", description="augmentation policy of both views")
         beta: float = Field(2.0, ge=0, description="inverse temperature")
@@ -30,6 +34,10 @@ class SimCLR(Objective):
         self.projector = mlp((encoder.dim, *config.projector), last_norm=len(config.projector) > 1)
         drawn = policy(config.policy)
         self.views = (ViewSpec("1", drawn), ViewSpec("2", drawn))
+
+    def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:
+        pairs = zip(self.views, partners(self.config, source), strict=True)
+        self.views = tuple(view._replace(partner=partner) for view, partner in pairs)
 
     def forward(self, encoder: Encoder, batch: Batch) -> Losses:
         assert self.projector is not None
