@@ -18,6 +18,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "simclr": ("geomssl.objectives.simclr:SimCLR", "contrast two augmented views (InfoNCE)"),
         "hssl": ("geomssl.objectives.hssl:HSSL", "contrast two fibres of one equivariant pass, or of two augmented ones"),
         "ciper": ("geomssl.objectives.ciper:CIPER", "contrast views and predict the parameters of their augmentation"),
+        "predictive": ("geomssl.objectives.predictive:Predictive", "predict the parameters of the augmentation alone"),
         "supervised": ("geomssl.objectives.supervised:Supervised", "cross-entropy on the labels, the upper baseline"),
         "frozen": ("geomssl.objectives.frozen:Frozen", "no training of the encoder, the lower baseline"),
     },
@@ -46,6 +47,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "folder": ("geomssl.data.folder:Folder", "images on disk, one sub-folder a class: folder:PATH"),
         "fields": ("geomssl.data.rendered:FieldsSet", "band-limited random fields, drawn from formulas, embedded"),
         "phantoms": ("geomssl.data.rendered:PhantomsSet", "smooth-edged shapes on black, drawn from formulas, embedded"),
+        "views": ("geomssl.data.views:ViewsSet", "superquadric objects with known class, view, light and background, embedded"),
     },
     "probe": {
         "equivariance": ("geomssl.probes.equivariance", "how far f(T_g x) is from the declared action on f(x)"),
@@ -55,6 +57,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "consistency": ("geomssl.probes.consistency", "does the answer stay under a transform, beyond constant answers"),
         "rank": ("geomssl.probes.rank", "rank of the projector and of the features, for every threshold"),
         "tangent": ("geomssl.probes.tangent", "the span of delta-h: unexplained variance and label match"),
+        "local": ("geomssl.probes.local", "the affine map of a non-linear projector around each image, and its regions"),
         "bound": ("geomssl.probes.bound", "InfoNCE of batches as in training beside its upper bound"),
         "spectrum": ("geomssl.probes.spectrum", "log singular values of the features, on plain images and on views"),
         "linear": ("geomssl.probes.linear", "accuracy of a linear classifier and of nearest neighbours"),

@@ -1,0 +1,157 @@
+"""CIPER and its predictive half on a data set's own transformations, and positives from other images (row C7)."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from geomssl.data.base import Resident
+from geomssl.encoders import build
+from geomssl.errors import GeomsslError
+from geomssl.learner import make_batch
+from geomssl.losses import info_nce
+from geomssl.objectives.ciper import CIPER
+from geomssl.objectives.pairs import following, others
+from geomssl.objectives.predictive import Predictive
+from geomssl.objectives.simclr import SimCLR
+
+CPU, N = torch.device("cpu"), 24
+OWN = {"policy": "none", "positives": "object", "object": "thing"}
+BOTH = OWN | {"categories": ("session", "light"), "continuous": ("azimuth", "distance"), "periods": {"azimuth": 360.0}}
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def source(**more):
+    """Six objects of four images; image i is known by the pixel i, four sequences of six frames stored backwards."""
+    i = torch.arange(N)
+    pixels = torch.randint(0, 255, (N, 3, 8, 8), dtype=torch.uint8)
+    pixels[:, 0, 0, 0] = i.to(torch.uint8)
+    factors = {
+        "thing": (i // 4).float(), "session": (i % 3 * 2).float(), "light": (i % 2).float(), "azimuth": (i * 77 % 360).float(),
+        "distance": i.float(), "sequence": (i % 4).float(), "frame": -i.float(),
+    }
+    return Resident("toys", "train", pixels, i % 2, ("a", "b"), factors | more)
+
+
+def made(objective, data=None, **config):
+    data = source() if data is None else data
+    encoder = build("cnn", in_channels=3, widths=(4, 4, 8)).double().eval()
+    found = objective(objective.Config(**config), encoder, 2, 3)
+    found.complete(encoder, 8, data)
+    found.double().eval()
+    batch = make_batch(data, torch.arange(N).flip(0), found, CPU, 0, 1, 2)
+    views = {k: v._replace(images=v.images.double(), params=v.params.double()) for k, v in batch.views.items()}
+    return encoder, found, type(batch)(views, batch.labels, batch.indices, batch.draw, batch.factors)
+
+
+def shown(view):
+    return (view.images[:, 0, 0, 0] * 255).round().long()
+
+
+def test_partners_are_other_images_of_the_same_object_and_bring_their_factors():
+    _, _, batch = made(CIPER, **BOTH)
+    own = torch.arange(N).flip(0)
+    assert torch.equal(shown(batch.views["plain"]), own)
+    for name in ("1", "2"):
+        partner = shown(batch.views[name])
+        assert torch.equal(partner // 4, own // 4)
+        assert (partner != own).all()
+        assert torch.equal(batch.views[name].factors["distance"].long(), partner)
+    assert torch.equal(batch.factors["distance"].long(), own)
+    assert not torch.equal(shown(batch.views["1"]), shown(batch.views["2"]))
+
+
+def test_every_other_image_of_an_object_is_drawn_as_often():
+    draw = others(torch.tensor([0.0, 1, 0, 2, 0, 1, 2, 0]))
+    found = draw(torch.zeros(6000, dtype=torch.long), torch.Generator().manual_seed(0))
+    counts = found.bincount(minlength=8)
+    assert counts.nonzero()[:, 0].tolist() == [2, 4, 7]
+    # five standard deviations of a binomial count
+    assert (counts[[2, 4, 7]] - 2000).abs().max() < 5 * (6000 * 2 / 9) ** 0.5
+    assert set(draw(torch.tensor([1] * 9), torch.Generator()).tolist()) == {5}
+
+
+def test_the_next_frame():
+    sequence, frame = torch.tensor([1.0, 0, 1, 0, 1]), torch.tensor([30.0, 1, 10, 2, 20])
+    assert following(sequence, frame).tolist() == [4, 3, 4, 1, 0]
+    _, _, batch = made(SimCLR, policy="none", positives="next")
+    # frame = -index within index mod 4: the next frame is four images earlier, and the last one's is the one before
+    own = torch.arange(N).flip(0)
+    assert torch.equal(shown(batch.views["1"]), own)
+    assert torch.equal(shown(batch.views["2"]), torch.where(own >= 4, own - 4, own + 4))
+
+
+def expected(encoder, objective, batch):
+    """Equation 1 with two categories and two continuous factors, example by example."""
+    h = {name: encoder(view.images) for name, view in batch.views.items()}
+    weights = [objective.predictor[0], objective.predictor[3]]
+    rows, changes, classes = [], [], []
+    for name in ("1", "2"):
+        view = batch.views[name]
+        hidden = F.layer_norm(weights[0](h["plain"] - h[name]), (512,)).relu()
+        rows.append(weights[1](hidden))
+        turn = view.factors["azimuth"] - batch.factors["azimuth"]
+        turn = torch.stack([min((t - 360, t, t + 360), key=abs) for t in turn.double()])
+        change = torch.stack([turn, (view.factors["distance"] - batch.factors["distance"]).double()], dim=1)
+        changes.append((change - change.mean(dim=0)) / change.std(dim=0, correction=0))
+        classes.append(torch.stack([view.factors["session"].long() // 2, view.factors["light"].long()], dim=1))
+    rows, changes, classes = torch.cat(rows), torch.cat(changes), torch.cat(classes)
+    error = ((rows[:, :2] - changes) ** 2).sum() / (2 * N * 2)
+    n = torch.arange(2 * N)
+    entropy = -rows[:, 2:5].log_softmax(dim=1)[n, classes[:, 0]].mean() - rows[:, 5:].log_softmax(dim=1)[n, classes[:, 1]].mean()
+    return error, entropy, info_nce(objective.projector(h["1"]), objective.projector(h["2"]), 2.0, "nt-xent", symmetric=True)
+
+
+def test_categories_by_cross_entropy_and_continuous_by_squared_error():
+    encoder, objective, batch = made(CIPER, **BOTH, alpha=0.7)
+    error, entropy, contrast = expected(encoder, objective, batch)
+    losses = objective(encoder, batch)
+    torch.testing.assert_close(losses.terms["regression"], error)
+    torch.testing.assert_close(losses.terms["classification"], entropy)
+    torch.testing.assert_close(losses.total, contrast + 0.7 * (error + entropy))
+
+
+def test_predictive_is_ciper_without_contrast():
+    encoder, whole, batch = made(CIPER, contrastive=0.0)
+    _, half, _ = made(Predictive)
+    half.predictor.load_state_dict(whole.predictor.state_dict())
+    assert half.projector is None
+    torch.testing.assert_close(half(encoder, batch).total, whole(encoder, batch).total)
+    assert half(encoder, batch).terms.keys() == {"prediction"}
+
+
+@pytest.mark.parametrize(("kind", "config"), [(Predictive, {}), (CIPER, BOTH), (CIPER, OWN | {"categories": ("session",)})])
+def test_the_gradient_reaches_the_encoder_and_every_head(kind, config):
+    encoder, objective, batch = made(kind, **config)
+    objective(encoder, batch).total.backward()
+    for name, parameter in [*encoder.named_parameters(), *objective.named_parameters()]:
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (OWN | {"categories": ("sesion",)}, "factor 'sesion' of toys; expected one of thing, .* did you mean 'session'"),
+        (OWN | {"continuous": ("flat",)}, "factor 'flat' of toys with the one value 3; expected a factor of at least two"),
+        (OWN | {"continuous": ("gaps",)}, "factor 'gaps' of toys, unknown for 1 of 24 images"),
+        (OWN | {"object": "single", "continuous": ("distance",)}, "24 of 24 objects with a single image"),
+        ({"policy": "none", "positives": "next", "sequence": "distance", "continuous": ("azimuth",)}, "24 of 24 images alone"),
+        ({"categories": ("session",)}, "between views of one image, where none changes; expected positives = next or object"),
+        (OWN | {"continuous": ("session",), "categories": ("session",)}, "session in categories and in continuous"),
+        (OWN | {"continuous": ("azimuth",), "periods": {"azimut": 360.0}}, "a period for azimut; expected one of continuous"),
+        (OWN, "policy 'none' on 3 channels; expected a policy with parameters to predict, or factors"),
+    ],
+)
+def test_what_the_data_set_lacks_is_one_line(config, message):
+    i = torch.arange(N).float()
+    data = source(flat=i * 0 + 3, gaps=torch.where(i == 5, torch.nan, i), single=i)
+    with pytest.raises(GeomsslError, match=message) as caught:
+        made(Predictive, data, **config)
+    assert "\n" not in str(caught.value)
