@@ -31,7 +31,11 @@ def is_affine(projector: nn.Module, h: Tensor) -> bool:
 
 def jacobians(projector: nn.Module, h: Tensor) -> Tensor:
     """dg/dh at every row of h (n, d): (n, p, d), rows independent."""
-    return torch.func.vmap(torch.func.jacrev(lambda row: projector(row[None])[0]))(h).detach()
+    # one pull-back of all rows at once, mapped over the outputs: half the time of mapping jacrev over rows, and PReLU takes it
+    # a copy, since a layer may work in place
+    out, pull = torch.func.vjp(lambda rows: projector(rows.clone()), h)
+    unit = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
+    return torch.func.vmap(lambda row: pull(row.expand_as(out))[0], out_dims=1)(unit).detach()
 
 
 @torch.no_grad()
