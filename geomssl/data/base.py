@@ -15,6 +15,7 @@ from torch import Tensor
 
 from geomssl.data.watch import Watch
 from geomssl.errors import GeomsslError
+from geomssl.transforms.base import Parameter
 
 Split = Literal["train", "val", "test"]
 
@@ -35,6 +36,7 @@ class Source(ABC):
     name, split:  what it is.
     labels:       int64 (len,) or None; classes: their names.
     factors:      float (len,) tensors by name: what else is known of each image (view angles, session, ...).
+    parameters:   unit, kind and range of those factors, as far as they are known; kind "index" is a category.
     channels, size: C and the side of the square images.
     fingerprint:  the first 12 hexadecimal digits of the SHA-256 of all pixels, in order: it changes when the images do.
     notes:        sentences that a reader of a result must know (images that were left out).
@@ -46,6 +48,7 @@ class Source(ABC):
     labels: Tensor | None
     classes: Sequence[str]
     factors: Mapping[str, Tensor]
+    parameters: tuple[Parameter, ...] = ()
     channels: int
     size: int
     fingerprint: str
@@ -115,7 +118,9 @@ class Resident(Source):
         """The same source with those images alone, in that order."""
         labels = None if self.labels is None else self.labels[indices]
         factors = {name: values[indices] for name, values in self.factors.items()}
-        return Resident(self.name, self.split, self.pixels[indices], labels, self.classes, factors, self.watch, self.notes)
+        found = Resident(self.name, self.split, self.pixels[indices], labels, self.classes, factors, self.watch, self.notes)
+        found.parameters = self.parameters
+        return found
 
     def to(self, device: torch.device | str) -> Resident:
         moved = copy.copy(self)
