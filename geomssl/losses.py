@@ -1,4 +1,4 @@
-"""Contrastive losses on pairs of representations, and the bound that explains them."""
+"""Losses on pairs of representations, contrastive and not, and the bound that explains the first."""
 
 from __future__ import annotations
 
@@ -132,6 +132,60 @@ def info_nce_upper_bound(z1: Tensor, z2: Tensor, beta: float) -> Bound:
     invariance, repulsion = -(a * b).sum(dim=1).mean(), hardest.mean()
     constant = math.log(2 * (len(a) - 1))
     return Bound(beta * invariance + beta * repulsion + constant, invariance, repulsion, constant)
+
+
+Form = Literal["released", "printed"]
+
+
+@dataclass(frozen=True)
+class VICRegTerms:
+    """The three terms of VICReg, before they are weighted."""
+
+    invariance: Tensor
+    variance: Tensor
+    covariance: Tensor
+
+    def total(self, invariance: float = 25.0, variance: float = 25.0, covariance: float = 1.0) -> Tensor:
+        """Their weighted sum; the weights are the paper's."""
+        return invariance * self.invariance + variance * self.variance + covariance * self.covariance
+
+
+def vicreg(z1: Tensor, z2: Tensor, form: Form = "released") -> VICRegTerms:
+    """Variance, invariance and covariance of N pairs of embeddings, each a scalar.
+
+        invariance   mean_i |z1_i - z2_i|^2, in "released" divided by p
+        variance     v(z1) + v(z2), in "released" halved;  v(z) = mean_j max(0, 1 - sqrt(var_j + 1e-4))
+        covariance   c(z1) + c(z2);  c(z) = 1/p sum over j != k of cov_jk^2
+
+    z1, z2: (N, p), N >= 2; var and cov over the N rows, divided by N - 1. The paper's equations ("printed") and the code of
+    its authors ("released") differ by these two factors; the printed weights 25, 25, 1 were used with the code. Half
+    precision is computed and returned in float32, also under autocast. Raises GeomsslError for fewer than two pairs or
+    unequal shapes. Source: Bardes, Ponce and LeCun, VICReg, 2022, Eq. 1 to 6.
+    """
+    if form not in get_args(Form):
+        raise unknown("form", form, get_args(Form))
+    _check(z1, z2, 0.0)
+    with torch.autocast(z1.device.type, enabled=False):
+        a, b = wide(z1), wide(z2)
+        distance = (a - b).square()
+        halved = 2 if form == "released" else 1
+        return VICRegTerms(
+            distance.mean() if form == "released" else distance.sum(dim=1).mean(),
+            (hinged_deviation(a) + hinged_deviation(b)) / halved,
+            _covariance(a) + _covariance(b),
+        )
+
+
+def hinged_deviation(z: Tensor) -> Tensor:
+    """mean_j max(0, 1 - sqrt(var_j + 1e-4)) of the columns of z (N, p): how far they are from a deviation of 1."""
+    return F.relu(1 - (wide(z).var(dim=0) + 1e-4).sqrt()).mean()
+
+
+def _covariance(z: Tensor) -> Tensor:
+    """1/p of the sum of squares off the diagonal of the covariance of z (N, p)."""
+    centred = z - z.mean(dim=0)
+    squares = (centred.T @ centred / (len(z) - 1)).square()
+    return (squares.sum() - squares.diagonal().sum()) / z.shape[1]
 
 
 def _log_denominator(similarities: list[Tensor], positive: Tensor, denominator: Denominator) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -37,7 +38,7 @@ class View(NamedTuple):
     images: Tensor
     params: Tensor
     transform: Transform
-    factors: dict[str, Tensor] = {}
+    factors: Mapping[str, Tensor] = MappingProxyType({})
 
 
 @dataclass(frozen=True)

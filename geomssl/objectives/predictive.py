@@ -1,4 +1,4 @@
-"""Prediction of a transformation from h(x) - h(view): the parameters of the augmentation, or a data set's factors (C2, C4, C7)."""
+"""Prediction of a transformation from h(x) - h(view): the augmentation's parameters, or a data set's factors (C2, C4, C7)."""
 
 from __future__ import annotations
 

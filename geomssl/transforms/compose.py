@@ -11,9 +11,9 @@ from torch import Tensor
 
 from geomssl.errors import GeomsslError, unknown
 from geomssl.transforms.base import Parameter, Size, Transform
-from geomssl.transforms.geometric import Geometric, HorizontalFlip, ResizedCrop, Translate, Zoom, resample
+from geomssl.transforms.geometric import Geometric, HorizontalFlip, ResizedCrop, Rotate, Translate, Zoom, resample
 from geomssl.transforms.groups import CyclicRotations
-from geomssl.transforms.photometric import Grayscale, Jitter
+from geomssl.transforms.photometric import GaussianBlur, Grayscale, Jitter
 from geomssl.transforms.sampling import checked, working_dtype
 
 # Numbers that a CPU works on at a time, so that they stay in its cache from one part to the next.
@@ -120,6 +120,14 @@ def _simclr(crop: float, strength: float, flip: float | None) -> Callable[[], li
     return build
 
 
+def _regressed() -> list[Transform]:
+    """The six transformations that row X5 regresses, all of them in each view."""
+    return [
+        ResizedCrop((0.2, 1.0)), HorizontalFlip(0.5), Rotate(90), Translate(0.2), Jitter(0.4, 0.4, 0.4, 0.1, p=0.8),
+        GaussianBlur(5, (0.1, 2.0), p=0.5),
+    ]
+
+
 POLICIES: dict[str, tuple[Callable[[], list[Transform]], str]] = {
     "none": (list, "images as they are"),
     "simclr": (_simclr(0.08, 0.5, 0.5), "SimCLR on CIFAR: crop .08-1, flip .5, jitter .5, gray .2"),
@@ -127,6 +135,7 @@ POLICIES: dict[str, tuple[Callable[[], list[Transform]], str]] = {
     "moderate": (_simclr(0.5, 0.25, 0.5), "crop .5-1, flip .5, jitter .25, gray .2 (row G11)"),
     "small": (_simclr(0.9, 0.05, None), "crop .9-1, no flip, jitter .05, gray .2 (row G11)"),
     "ciper": (_simclr(0.2, 0.5, 0.8), "crop .2-1, flip .8, jitter .5, gray .2 (row C4)"),
+    "equivariant": (_regressed, "crop .2-1, flip .5, turn to 90 degrees, shift .2, jitter .4, blur (rows X2-X5)"),
     "rotations": (lambda: [CyclicRotations(4)], "one of 0, 90, 180, 270 degrees (row H1)"),
     "translations20": (lambda: [Translate(0.2)], "shifts by up to 20 % of height and width (row H1)"),
     "scales": (lambda: [Zoom(0.57, 1.0)], "shrunk to .57-1 of the size (row H1)"),

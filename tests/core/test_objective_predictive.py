@@ -104,7 +104,8 @@ def expected(encoder, objective, batch):
     rows, changes, classes = torch.cat(rows), torch.cat(changes), torch.cat(classes)
     error = ((rows[:, :2] - changes) ** 2).sum() / (2 * N * 2)
     n = torch.arange(2 * N)
-    entropy = -rows[:, 2:5].log_softmax(dim=1)[n, classes[:, 0]].mean() - rows[:, 5:].log_softmax(dim=1)[n, classes[:, 1]].mean()
+    parts = zip((rows[:, 2:5], rows[:, 5:]), classes.T, strict=True)
+    entropy = sum(-part.log_softmax(dim=1)[n, wanted].mean() for part, wanted in parts)
     return error, entropy, info_nce(objective.projector(h["1"]), objective.projector(h["2"]), 2.0, "nt-xent", symmetric=True)
 
 
