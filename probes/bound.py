@@ -97,6 +97,30 @@ def _parts(terms: Tensor, positive: Tensor, beta: float) -> tuple[Tensor, Tensor
     return largest, slack, (share * terms).sum(dim=1), -torch.xlogy(share, share).sum(dim=1)
 
 
+def alignment(z1: Tensor, z2: Tensor) -> float:
+    """Mean of ||z_i(1) - z_i(2)||^2 over pairs of unit rows (N, p): 2 + 2 invariance, 0 where views agree, 4 at most.
+
+    Raises GeomsslError for shapes that differ or numbers not finite. Source: Wang and Isola 2020, with exponent 2.
+    """
+    if z1.shape != z2.shape:
+        given = f"views of shapes {tuple(z1.shape)} and {tuple(z2.shape)}"
+        raise GeomsslError(given, "two matrices (N, p)", reason="bad-shape")
+    a, b = (F.normalize(checks.matrix(z, "projector outputs"), dim=1) for z in (z1, z2))
+    return float((a - b).square().sum(dim=1).mean())
+
+
+def uniformity(z: Tensor, t: float = 2.0) -> float:
+    """log of the mean of exp(-t ||z_i - z_j||^2) over all pairs i < j of unit rows (N, p): 0 where all are equal.
+
+    The lower, the more evenly they lie on the sphere. Raises GeomsslError for fewer than two rows or numbers not finite.
+    Source: Wang and Isola 2020, with t = 2.
+    """
+    unit = F.normalize(checks.matrix(z, "projector outputs"), dim=1)
+    if len(unit) < 2:
+        raise GeomsslError(f"uniformity of {len(unit)} row", "at least 2", reason="too-few-images")
+    return float((-t * (2 - 2 * _others(unit @ unit.T))).exp().mean().log())
+
+
 class Options(subject.Options):
     """Settings of the bound probe."""
 
@@ -126,8 +150,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     policy = subject.training_policy(notes)
     indices = subject.choose(options)
     setting = _setting(subject, options, len(indices), notes)
-    found = _measure(subject, indices, policy, setting, options)
-    rows = [_row(number, one, setting) for number, one in enumerate(found)]
+    rows = _measure(subject, indices, policy, setting, options)
     columns = {key: [row[key] for row in rows] for key in rows[0]}
     above = sum(row["loss"] > row["bound"] + ROUNDING * max(1.0, abs(row["bound"])) for row in rows)
     if above:
@@ -148,7 +171,9 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             f"L <= beta invariance + beta repulsion + {constant}: invariance = -mean s(z_i(1), z_i(2)), repulsion = the mean "
             "over anchors of s*, the largest similarity in the denominator; s is the cosine of the projector's outputs. "
             "slack = bound - L = -mean log mean_l exp(beta (s_l - s*)) >= 0, zero where all similarities of an anchor are "
-            f"equal. L = beta invariance + beta expected + entropy (Prop. C.1). {directions}; float64; eval mode."
+            f"equal. L = beta invariance + beta expected + entropy (Prop. C.1). {directions}; float64; eval mode. "
+            "alignment = mean ||z_i(1) - z_i(2)||^2, uniformity = log mean exp(-2 ||z_i - z_j||^2) of unit outputs (Wang and "
+            "Isola 2020)."
         ),
         metrics=metrics,
         tables=[
@@ -187,19 +212,20 @@ def _setting(subject: subject.Subject, options: Options, n: int, notes: list[str
 
 def _measure(
     subject: subject.Subject, indices: Tensor, policy: Transform, setting: _Setting, options: Options
-) -> list[Bounded]:
-    """Batches as in training: a seeded order, the last smaller batch left out; pass p draws views 2p + 1 and 2p + 2."""
-    found = []
+) -> list[dict[str, float]]:
+    """One row a batch, batches as in training: a seeded order, the last smaller one left out; pass p: views 2p + 1, 2p + 2."""
+    rows: list[dict[str, float]] = []
     for number in track(range(setting.passes), "bound"):
         z1, z2 = (
             subject.features(indices, "z", view=(policy, options.seed, 2 * number + side)) for side in (1, 2)
         )
         order = torch.randperm(len(indices), generator=generator(options.seed, "bound-batches", number))
-        found += [
-            info_nce_bound(z1[rows], z2[rows], setting.beta, setting.denominator, options.symmetric)
-            for rows in order[: setting.per_pass * setting.batch].split(setting.batch)
-        ]
-    return found
+        for chosen in order[: setting.per_pass * setting.batch].split(setting.batch):
+            a, b = z1[chosen], z2[chosen]
+            found = info_nce_bound(a, b, setting.beta, setting.denominator, options.symmetric)
+            spread = {"alignment": alignment(a, b), "uniformity": (uniformity(a) + uniformity(b)) / 2}
+            rows.append(_row(len(rows), found, setting) | spread)
+    return rows
 
 
 def _row(number: int, found: Bounded, setting: _Setting) -> dict[str, float]:
@@ -218,6 +244,8 @@ ABOUT: dict[str, tuple[str, str]] = {
     "repulsion": ("", "cosine similarity to the most similar term of the denominator"),
     "expected": ("", "mean similarity in the denominator, each weighed by its share of it"),
     "entropy": ("nats", "entropy of those shares; the constant, where all terms weigh the same"),
+    "alignment": ("", "squared distance of the unit outputs of the two views of an image"),
+    "uniformity": ("nats", "log of the mean of exp(-2 squared distance) over pairs of images in a batch, views averaged"),
 }
 
 

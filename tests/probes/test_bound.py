@@ -9,12 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from geomssl import losses
 from geomssl.errors import GeomsslError
-from geomssl.probes.bound import Options, info_nce_bound, probe
+from geomssl.probes.bound import Options, alignment, info_nce_bound, probe, uniformity
+from geomssl.probes.negatives import nearest_negatives
 from geomssl.probes.subject import Subject
-from geomssl.seeding import generator
+from geomssl.seeding import generator, seeded
 
 DENOMINATORS = ("decoupled", "nt-xent", "pooled")
 
@@ -90,6 +92,81 @@ def test_the_bound_holds_for_every_batch(n, width, beta, seed, denominator, symm
         assert bound == pytest.approx(found.constant, abs=1e-12 * size)
 
 
+PROJECTORS = {
+    "linear": lambda d, p: nn.Linear(d, p),
+    "of rank one": lambda d, p: nn.Sequential(nn.Linear(d, 1), nn.Linear(1, p)),
+    "mlp": lambda d, p: nn.Sequential(nn.Linear(d, 7), nn.BatchNorm1d(7).eval(), nn.ReLU(), nn.Linear(7, p)),
+    "zero": lambda d, p: nn.Sequential(nn.Linear(d, p), nn.Threshold(1e9, 0.0)),
+    "constant": lambda d, p: nn.Sequential(nn.Threshold(1e9, 1.0), nn.Linear(d, p)),
+    "identity": lambda d, p: nn.Identity(),
+    "tanh": lambda d, p: nn.Sequential(nn.Linear(d, p), nn.Tanh()),
+}
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(PROJECTORS)), n=st.integers(2, 12), d=st.integers(1, 6), p=st.integers(1, 5),
+    beta=st.floats(0, 40), seed=st.integers(0, 2**31), denominator=st.sampled_from(DENOMINATORS), twins=st.booleans(),
+)
+def test_the_bound_holds_behind_every_projector(kind, n, d, p, beta, seed, denominator, twins) -> None:
+    with seeded(seed, "projector"):
+        projector = PROJECTORS[kind](d, p).double()
+    h1, h2 = torch.randn(2, n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    if twins:
+        h1[n // 2 :], h2[n // 2 :] = h1[0].clone(), h2[0].clone()
+    with torch.no_grad():
+        z1, z2 = projector(h1), projector(h2)
+    found = info_nce_bound(z1, z2, beta, denominator)
+    size = 1 + beta
+    assert bool((found.slack >= 0).all())
+    assert float(found.slack.max()) <= found.constant + 1e-12
+    assert float(losses.info_nce(z1, z2, beta, denominator)) <= float(found.bound.mean()) + 1e-12 * size
+    # in the paper's words: s* is the similarity of the nearest negative in the projector's output
+    if denominator == "decoupled":
+        star = torch.cat([z1, z2])[nearest_negatives(z1, z2)]
+        similar = nn.functional.cosine_similarity(z1, star, dim=1, eps=1e-12)
+        assert torch.allclose(found.repulsion, similar, atol=1e-11)
+
+
+def simplex(k: int) -> torch.Tensor:
+    """k unit vectors with similarity -1 / (k - 1) to one another."""
+    return nn.functional.normalize(torch.eye(k, dtype=torch.float64) - 1 / k, dim=1)
+
+
+@pytest.mark.parametrize(("k", "beta"), [(2, 1.0), (5, 2.0), (16, 10.0)])
+def test_a_simplex_of_classes_in_closed_form(k: int, beta: float) -> None:
+    """Views agree, and classes lie as far apart as they can: s+ = 1, and all other similarities are s = -1 / (k - 1)."""
+    z, s = simplex(k), -1 / (k - 1)
+    for denominator, m in (("decoupled", 2 * (k - 1)), ("pooled", 4 * (k - 1))):
+        found = info_nce_bound(z, z, beta, denominator)
+        expected = beta * (s - 1) + math.log(m)
+        assert float(found.loss) == pytest.approx(expected, abs=1e-12)
+        assert float(found.bound.mean()) == pytest.approx(expected, abs=1e-12)
+        assert float(found.slack.abs().max()) < 1e-12
+    found, m = info_nce_bound(z, z, beta, "nt-xent"), 2 * (k - 1)
+    # the positive is in the denominator and the largest in it
+    assert float(found.loss) == pytest.approx(math.log1p(m * math.exp(beta * (s - 1))), abs=1e-12)
+    assert float(found.bound.mean()) == pytest.approx(math.log(2 * k - 1), abs=1e-12)
+
+
+def test_alignment_and_uniformity_in_closed_form() -> None:
+    for k in (2, 5, 16):
+        z = simplex(k)
+        assert alignment(3 * z, 0.1 * z) == pytest.approx(0, abs=1e-15)
+        assert alignment(z, -z) == pytest.approx(4)
+        # all squared distances are 2 - 2 s = 2 k / (k - 1)
+        assert uniformity(7 * z) == pytest.approx(-4 * k / (k - 1))
+        assert uniformity(z, t=0.5) == pytest.approx(-k / (k - 1))
+    turned = torch.tensor([[math.cos(a), math.sin(a)] for a in (0.0, 0.7)], dtype=torch.float64)
+    assert alignment(turned[:1], turned[1:]) == pytest.approx(2 - 2 * math.cos(0.7))
+    assert uniformity(turned[[0, 0, 1]]) == pytest.approx(math.log((1 + 2 * math.exp(-4 * (1 - math.cos(0.7)))) / 3))
+    assert uniformity(turned[[0, 0, 0]]) == 0
+    with pytest.raises(GeomsslError, match="uniformity of 1 row"):
+        uniformity(turned[:1])
+    with pytest.raises(GeomsslError, match="shapes"):
+        alignment(turned, turned[:1])
+
+
 def test_it_is_the_bound_of_the_losses_for_the_decoupled_form() -> None:
     z1, z2 = torch.randn(2, 16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     known = losses.info_nce_upper_bound(z1, z2, 2.0)
@@ -131,6 +208,7 @@ def test_probe_measures_batches_of_the_training(make_subject: Callable[..., Subj
         assert metric.value == pytest.approx(sum(rows[name]) / 9)
         assert metric.interval.low <= metric.value <= metric.interval.high
         assert "of the same images" in metric.interval.method
+    assert found.metric("alignment").value == pytest.approx(2 + 2 * found.metric("invariance").value)
     z = [subject.features(torch.arange(60), "z", view=(subject.policy, 0, v)) for v in (1, 2)]
     first = torch.randperm(60, generator=generator(0, "bound-batches", 0))[:16]
     expected = losses.info_nce(z[0][first].double(), z[1][first].double(), 5.0, "nt-xent", symmetric=True)

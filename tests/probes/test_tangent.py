@@ -300,13 +300,14 @@ def test_a_first_layer_beside_a_skip_is_no_gate() -> None:
 
 
 def test_batches_keep_negatives_inside_and_follow_the_seed(make_subject: Callable[..., Subject]) -> None:
-    def pairs(**options: int) -> list[tuple[int, int]]:
+    def pairs(key: str = "nearest_batch", **options: int) -> list[tuple[int, int]]:
         torch.manual_seed(0)
         subject, _, _ = on_table(make_subject, nn.Linear(9, 4), n=61)
         columns = probe(subject, Options(**options)).table("pairs").columns  # type: ignore[arg-type]
-        return list(zip(columns["index"], columns["nearest"], strict=True))
+        return list(zip(columns["index"], columns[key], strict=True))
 
-    whole, batched = pairs(), pairs(batch=10)
+    whole, batched = pairs("nearest", batch=10), pairs(batch=10)
+    assert whole == pairs("nearest", batch=20)
     assert batched == pairs(batch=10)
     assert batched != pairs(batch=10, seed=1)
     assert whole != batched
