@@ -21,6 +21,10 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "predictive": ("geomssl.objectives.predictive:Predictive", "predict the parameters of the augmentation alone"),
         "essl": ("geomssl.objectives.essl:ESSL", "contrast two views and tell the quarter turn of a third (E-SSL)"),
         "vicreg": ("geomssl.objectives.vicreg:VICReg", "two views agree, every number varies, no two say the same"),
+        "sie": ("geomssl.objectives.sie:SIE", "an invariant half, and one that known parameters move linearly (hypernetwork)"),
+        "reconstruction": (
+            "geomssl.objectives.reconstruction:Reconstruction", "an invariant half, and one that paints view 2 from view 1"
+        ),
         "supervised": ("geomssl.objectives.supervised:Supervised", "cross-entropy on the labels, the upper baseline"),
         "frozen": ("geomssl.objectives.frozen:Frozen", "no training of the encoder, the lower baseline"),
     },

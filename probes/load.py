@@ -82,7 +82,7 @@ def of_run(
     return Subject(
         learner.encoder, source, projector=learner.objective.projector,
         projector_note=learner.objective.projector_note, train=train, policy=learner.objective.policy,
-        untrained=untrained, **how,
+        untrained=untrained, objective=learner.objective, **how,
         trained={"batch_size": recipe.batch_size} | {k: known[k] for k in ("beta", "denominator") if k in known},
         provenance={
             **provenance,

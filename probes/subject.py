@@ -45,6 +45,7 @@ class Subject:
     policy:    the transform that drew the training views, or None where unknown.
     untrained: makes the same encoder at its random initialisation, or None where that is unknown.
     trained:   what is known of the training that a probe may take as its default: batch_size, beta, denominator.
+    objective: the run's objective with its heads, or None where there was no run.
     """
 
     encoder: Any
@@ -55,6 +56,7 @@ class Subject:
     policy: Transform | None = None
     untrained: Callable[[], Any] | None = None
     trained: dict[str, Any] = field(default_factory=dict)
+    objective: nn.Module | None = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dtype: torch.dtype = torch.float32
     batch_size: int = 256

@@ -38,7 +38,7 @@ class HSSLConfig(Settings):
     fibres_weight: float = Field(1.0, gt=0, description="weight of H-SSL's loss where positives = both")
     inputs_weight: float = Field(1.0, gt=0, description="weight of A-SSL's loss where positives = both")
     draws: Literal["paper", "matched"] = Field(
-        "paper", description="matched: both losses take the same g0, g1, g2 of the group, so that an exact backbone makes them equal"
+        "paper", description="matched: both losses take the same g0, g1, g2 of the group, and an exact backbone makes them one"
     )
     base: int = Field(1, ge=1, description="size of the base space g0, 1 to |G|-1 fibres; the head's input widens with it")
     base_counts: Literal["total", "side"] = Field("total", description="base counts all fibres, or those of a square's side")
