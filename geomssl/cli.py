@@ -29,6 +29,7 @@ COMMANDS = {
     "features": ("geomssl.commands.exporting:features", "features, labels and factors of a split as plain arrays"),
     "report": ("geomssl.commands.judging:report", "one HTML file from the artifacts of one run or more"),
     "gate": ("geomssl.commands.judging:gate", "judge a run by rules; exit 1 where it fails"),
+    "toy": ("geomssl.commands.toy:toy", "small worlds that show a claim of a paper, without data"),
     "datasets": ("geomssl.commands.listing:datasets", "list the data sets"),
     "recipes": ("geomssl.commands.listing:recipes", "list the installed recipes"),
     "doctor": ("geomssl.commands.doctor:doctor", "what this machine has, and what is wrong with it"),
