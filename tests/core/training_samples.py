@@ -43,6 +43,13 @@ OBJECTIVES = {
     "hssl fibres": {"objective": {"name": "hssl"}},
     "hssl inputs": {"objective": {"name": "hssl", "positives": "inputs"}},
     "ciper": {"objective": {"name": "ciper"}},
+    "predictive": {"objective": {"name": "predictive"}},
+    "essl": {"objective": {"name": "essl", "projector": [8, 6], "predictor": [7]}},
+    "vicreg": {"objective": {"name": "vicreg", "projector": [8, 6]}},
+    "sie": {"objective": {"name": "sie", "projector": [8, 6], "half": 5}},
+    "reconstruction": {
+        "objective": {"name": "reconstruction", "projector": [8, 6], "half": 5, "width": 8, "heads": 2, "depth": 2}
+    },
     "supervised": {"objective": {"name": "supervised"}},
     "frozen": {"objective": {"name": "frozen"}},
 }
