@@ -213,7 +213,7 @@ def test_duplicates_and_a_policy_that_does_nothing_are_named(make_subject: Calla
     images = source.images(torch.arange(60))
     images[50:] = images[:10]
     doubled = Resident("doubled", "test", images, source.labels)
-    found = probe(make_subject(source=doubled, policy=policy("none")), Options(local=8))
+    found = probe(make_subject(source=doubled, policy=policy("none"), batch_size=64), Options(local=8))
     assert found.metric("distance_positive").value == 0
     assert found.metric("distance").value > 0
     said = " ".join(found.notes)
@@ -222,4 +222,4 @@ def test_duplicates_and_a_policy_that_does_nothing_are_named(make_subject: Calla
     images[30:] = images[:30]
     doubled = Resident("doubled", "test", images, source.labels)
     with pytest.raises(GeomsslError, match="delta-h of zero for every image"):
-        probe(make_subject(source=doubled, policy=policy("none")), Options(local=8))
+        probe(make_subject(source=doubled, policy=policy("none"), batch_size=64), Options(local=8))
