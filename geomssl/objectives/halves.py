@@ -20,14 +20,14 @@ class HalvesSettings(VICRegSettings):
 class Halves(nn.Module):
     """y = W h, (N, ..., 2 half): the first half is the invariant one, the second the equivariant one.
 
-    W is a linear map with a bias where h is not 2 half wide (ViT-Small's 384 to 512), and the identity where it is
+    W is a linear map without a bias where h is not 2 half wide (ViT-Small's 384 to 512), and the identity where it is
     (ResNet-18's 512): then the halves are those of the representation itself.
     """
 
     def __init__(self, dim: int, half: int) -> None:
         super().__init__()
         self.half = half
-        self.map: nn.Module = nn.Identity() if dim == 2 * half else nn.Linear(dim, 2 * half)
+        self.map: nn.Module = nn.Identity() if dim == 2 * half else nn.Linear(dim, 2 * half, bias=False)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         y = self.map(h)
