@@ -54,8 +54,9 @@ class BYOL(nn.Module):
     """L = 2 - [cos(q(z1), z2') + cos(q(z2), z1')]: z' by a target network that follows without gradients (Grill et al. 2020).
 
     target: a copy of encoder and projector, w' <- m w' + (1 - m) w. It moves at the start of a train-mode step, by the weights
-    that the last step left; the moment is a constant m. Its BatchNorm runs in the mode of the rest and keeps running
-    statistics of its own. All of it lies in the checkpoint. L is the mean of both directions' ||q - z'||^2 of unit rows.
+    that the last step left; m is constant. Its BatchNorm runs in the mode of the encoder's, with running statistics of its
+    own, in each process by itself. All of it lies in the checkpoint. L is the mean of both directions' ||q - z'||^2 of unit
+    rows.
     """
 
     def __init__(self, width: int, hidden: int, momentum: float, encoder: Encoder, projector: nn.Module) -> None:
@@ -75,6 +76,7 @@ class BYOL(nn.Module):
     def fibres(self, encoder: Encoder, images: Tensor) -> Tensor:
         """The target's fibres, in the micro-batches of a cached step."""
         target: Any = self.target["encoder"]
+        target.train(bare(encoder).training)
         parts = -(-len(images) // encoder.micro_batch) if isinstance(encoder, Cache) else 1
         if parts == 1:
             return target.fibres(images)

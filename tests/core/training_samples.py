@@ -42,6 +42,10 @@ OBJECTIVES = {
     "simclr norms in the head": {"objective": {"name": "simclr", "projector": [8, 6]}},
     "hssl fibres": {"objective": {"name": "hssl"}},
     "hssl inputs": {"objective": {"name": "hssl", "positives": "inputs"}},
+    "hssl both, byol": {"objective": {"name": "hssl", "positives": "both", "method": "byol", "predictor": 8}},
+    "hssl matched, bilinear": {
+        "objective": {"name": "hssl", "positives": "inputs", "draws": "matched", "base": 3, "critic": "bilinear", "beta": 1.0}
+    },
     "ciper": {"objective": {"name": "ciper"}},
     "predictive": {"objective": {"name": "predictive"}},
     "essl": {"objective": {"name": "essl", "projector": [8, 6], "predictor": [7]}},
