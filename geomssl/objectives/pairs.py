@@ -12,6 +12,7 @@ from torch import Tensor
 from geomssl.config import Settings
 from geomssl.data.base import Source
 from geomssl.errors import GeomsslError, nearest
+from geomssl.transforms.base import Parameter
 
 Partner = Callable[[Tensor, torch.Generator], Tensor]
 Positives = Literal["image", "next", "object"]
@@ -67,6 +68,29 @@ def factor(source: Source | None, name: str, labels: bool = False) -> Tensor:
             "a factor of at least two values: one value is nothing to learn", reason="constant-factor",
         )
     return values
+
+
+def change(source: Source | None, name: str) -> Parameter:
+    """How the factor of that name may change from one image to another: by up to its range on the training split, or, where
+    the source says that it is periodic, by half its period either way.
+
+    Raises GeomsslError where it is missing, constant or a category.
+    """
+    values = factor(source, name)
+    said = {p.name: p for p in source.parameters}.get(name) if source is not None else None
+    if said is not None and said.kind == "index":
+        raise GeomsslError(f"the change of {name!r}, a category", "a continuous factor", reason="bad-value")
+    if said is not None and said.kind == "periodic":
+        half = (said.high - said.low) / 2
+        return Parameter(name, said.unit, "periodic", 0.0, -half, half)
+    reach = float(values.max() - values.min())
+    return Parameter(name, "" if said is None else said.unit, "continuous", 0.0, -reach, reach)
+
+
+def changed(before: Tensor, after: Tensor, by: Parameter) -> Tensor:
+    """after - before, the short way round where the factor is periodic: in [low, high)."""
+    difference = after - before
+    return difference if by.kind != "periodic" else (difference - by.low).remainder(by.high - by.low) + by.low
 
 
 def following(sequence: Tensor, frame: Tensor) -> Tensor:

@@ -16,8 +16,9 @@ from geomssl.errors import GeomsslError
 from geomssl.heads import regressor
 from geomssl.losses import wide
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded
-from geomssl.objectives.pairs import PairSettings, factor, partners
+from geomssl.objectives.pairs import PairSettings, change, changed, factor, partners
 from geomssl.transforms import policy
+from geomssl.transforms.base import Parameter
 
 
 class PredictionSettings(PairSettings):
@@ -27,7 +28,6 @@ class PredictionSettings(PairSettings):
     predictor: int = Field(512, ge=1, description="hidden width of the predictor")
     categories: tuple[str, ...] = Field((), description="factors of the view that are classified, such as session")
     continuous: tuple[str, ...] = Field((), description="factors whose change from the image to its view is regressed")
-    periods: dict[str, float] = Field({}, description="period of a continuous factor that wraps, such as azimuth = 360")
 
 
 class Prediction(NamedTuple):
@@ -42,9 +42,10 @@ class Predictive(Objective):
     """L = MSE(p(h(x) - h(x_t)), r_t), the mean over both views (Xu and Triesch, Eq. 1); the predictive-only model (C2).
 
     r_t: the parameters of the augmentation in the policy's fixed order, and the change of each continuous factor from the
-    image to its view (the short way round where it has a period), each standardised over the joined batch; those that do
-    not act on the images (hue on one channel) are left out. A category adds the cross-entropy of the view's value, one
-    class for each value of the training split. Eq. 1 is printed with a minus sign; the loss is the plain mean squared error.
+    image to its view (the short way round where the data set says that it is periodic), each standardised over the joined
+    batch; those that do not act on the images (hue on one channel) are left out. A category adds the cross-entropy of the
+    view's value, one class for each value of the training split. Eq. 1 is printed with a minus sign; the loss is the plain
+    mean squared error.
     The un-augmented anchor is encoded too, in one pass with both views: three images a sample.
     """
 
@@ -65,6 +66,7 @@ class Predictive(Objective):
         self.factors = (*config.continuous, *config.categories)
         self.views = (ViewSpec("plain", policy("none")), ViewSpec("1", drawn), ViewSpec("2", drawn))
         self.classes: list[int] = []
+        self.changes: tuple[Parameter, ...] = ()
         self._make_heads(encoder)
         if not config.categories:
             self._make_predictor(encoder)
@@ -81,8 +83,7 @@ class Predictive(Objective):
         plain, first, second = self.views
         one, two = partners(config, source)
         self.views = (plain, first._replace(partner=one), second._replace(partner=two))
-        for name in config.continuous:
-            factor(source, name)
+        self.changes = tuple(change(source, name) for name in config.continuous)
         for k, name in enumerate(config.categories):
             values = factor(source, name).unique()
             self.register_buffer(f"values_{k}", values, persistent=False)
@@ -113,12 +114,8 @@ class Predictive(Objective):
     def _continuous(self, batch: Batch, view: str) -> Tensor:
         """Regression targets (N, M) of this process's rows, before they are standardised."""
         params = batch.views[view].params[:, self.acting]
-        changes = []
-        for name in self.config.continuous:
-            change = batch.views[view].factors[name] - batch.factors[name]
-            period = self.config.periods.get(name)
-            changes.append(change if period is None else (change + period / 2).remainder(period) - period / 2)
-        return torch.cat([params, *(change[:, None].to(params) for change in changes)], dim=1)
+        moved = [changed(batch.factors[by.name], batch.views[view].factors[by.name], by) for by in self.changes]
+        return torch.cat([params, *(column[:, None].to(params) for column in moved)], dim=1)
 
     def _category(self, batch: Batch, k: int) -> Tensor:
         """Which of the k-th category's values each view of the joined batch has, view 1 first; long (2N,)."""
@@ -148,14 +145,6 @@ def _check(config: PredictionSettings, acting: bool, channels: int) -> None:
     both = sorted(set(config.categories) & set(config.continuous))
     if both:
         raise GeomsslError(f"{name}: {both[0]} in categories and in continuous", "one of the two", reason="bad-value")
-    strange = sorted(set(config.periods) - set(config.continuous))
-    if strange:
-        raise GeomsslError(
-            f"{name}: a period for {strange[0]}", f"one of continuous ({', '.join(config.continuous) or 'none given'})",
-            reason="bad-value",
-        )
-    if any(not period > 0 for period in config.periods.values()):
-        raise GeomsslError(f"{name}: periods {config.periods}", "periods above 0", reason="bad-value")
     if config.positives == "image" and (config.categories or config.continuous):
         raise GeomsslError(
             f"{name}: factors to predict between views of one image, where none changes", "positives = next or object",

@@ -17,6 +17,7 @@ from geomssl.losses import hinged_deviation, vicreg, wide
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded
 from geomssl.objectives.halves import Halves, HalvesSettings, InvariantProjector, head
 from geomssl.objectives.hypernetwork import Code, HyperNetwork
+from geomssl.objectives.pairs import PairSettings, change, changed, partners
 from geomssl.objectives.vicreg import named
 from geomssl.transforms import policy
 from geomssl.transforms.base import Parameter, Size, Transform
@@ -46,13 +47,15 @@ class SIE(Objective):
     those parameters of g that `known` names. Everything in the policy is drawn in every variant.
 
     known: ("rotation",), ..., ("rotation", "colour") or all six. single = true draws ONE of the known transformations for
-    each step and leaves the others of the policy at their identity.
+    each step and leaves the others of the policy at their identity. changes: where view 2 is another image of the same
+    object, the factors whose difference the hypernetwork sees as well (objects that turn: policy none, known empty).
     Source: Garrido et al. 2023, and the code of its authors.
     """
 
-    class Config(HalvesSettings):
+    class Config(HalvesSettings, PairSettings):
         name: Literal["sie"] = "sie"
-        known: tuple[Known, ...] = Field(tuple(PARTS), min_length=1, description="transformations whose parameters are seen")
+        known: tuple[Known, ...] = Field(tuple(PARTS), description="transformations whose parameters are seen")
+        changes: tuple[str, ...] = Field((), description="factors whose change from image to image is seen")
         single: bool = Field(False, description="draw one of the known transformations each step, not all of them")
         equivariance: float = Field(25.0, ge=0, description="weight of the equivariance term")
         hidden: int = Field(32, ge=0, description="hidden width of the hypernetwork; 0 makes it linear")
@@ -63,6 +66,7 @@ class SIE(Objective):
         super().__init__()
         self.config = config
         drawn = policy(config.policy)
+        _check(config)
         wanted = {name for word in config.known for name in PARTS[word]}
         acting = drawn.active(channels)
         for word in config.known:
@@ -72,7 +76,9 @@ class SIE(Objective):
                     f"sie: known {word} under policy {config.policy!r} on {channels} channels{reach}",
                     "a transformation of the policy that acts on the images", reason="bad-value",
                 )
-        self.register_buffer("seen", torch.tensor([i for i in _columns(drawn, wanted) if acting[i]]), persistent=False)
+        seen = torch.tensor([i for i in _columns(drawn, wanted) if acting[i]], dtype=torch.long)
+        self.register_buffer("seen", seen, persistent=False)
+        self.factors = config.changes
         self.parameters_seen: tuple[Parameter, ...] = tuple(drawn.parameters[i] for i in self.seen.tolist())
         halves = Halves(encoder.dim, config.half)
         self.projector = InvariantProjector(halves, head(config.half, config.projector))
@@ -81,7 +87,12 @@ class SIE(Objective):
         self.views = (ViewSpec("1", policy("none")), ViewSpec("2", shown))
 
     def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:
-        self.predictor = HyperNetwork(Code(self.parameters_seen, size), self.config.projector[-1], self.config.hidden)
+        # the pair is the image and its partner, whichever of the two draws of partners that is
+        partner = next((found for found in partners(self.config, source)[::-1] if found is not None), None)
+        self.views = (self.views[0], self.views[1]._replace(partner=partner))
+        self.changes = tuple(change(source, name) for name in self.config.changes)
+        code = Code((*self.parameters_seen, *self.changes), size)
+        self.predictor = HyperNetwork(code, self.config.projector[-1], self.config.hidden)
 
     @property
     def policy(self) -> Transform:
@@ -95,13 +106,33 @@ class SIE(Objective):
         invariant, equivariant = self.projector.halves(torch.cat([h1, h2]))
         i1, i2 = self.projector.head(invariant).chunk(2)
         e1, e2 = self.equivariant(equivariant).chunk(2)
-        moved = self.predictor(e1, gather(batch.views["2"].params[:, self.seen]))
+        moved = self.predictor(e1, gather(self.given(batch)))
         terms = vicreg(torch.cat([i1, e1], dim=1), torch.cat([i2, e2], dim=1), config.form)
         kept, followed = _distance(i1, i2, config.form), _distance(moved, e2, config.form)
         spread = hinged_deviation(moved) / (2 if config.form == "released" else 1)
         terms = type(terms)(kept, terms.variance + spread, terms.covariance)
         total = config.total(terms) + config.equivariance * followed
         return Losses(total, {**named(terms), "equivariance": followed.detach()}, own)
+
+
+    def given(self, batch: Batch) -> Tensor:
+        """What the hypernetwork is told of g, (N, P): known parameters, then changes of factors, in their own units."""
+        before, after = batch.factors, batch.views["2"].factors
+        params = batch.views["2"].params[:, self.seen]
+        moved = [changed(before[by.name], after[by.name], by)[:, None].to(params) for by in self.changes]
+        return torch.cat([params, *moved], dim=1)
+
+
+def _check(config: SIE.Config) -> None:
+    if not (config.known or config.changes):
+        raise GeomsslError("sie that sees no parameter", "known transformations, or changes of factors", reason="bad-value")
+    if config.changes and config.positives == "image":
+        raise GeomsslError(
+            "sie: changes of factors between views of one image, where none changes", "positives = object or next",
+            reason="bad-value",
+        )
+    if config.single and not config.known:
+        raise GeomsslError("sie: single without a known transformation", "at least one in known", reason="bad-value")
 
 
 def _distance(a: Tensor, b: Tensor, form: str) -> Tensor:

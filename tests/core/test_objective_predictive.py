@@ -12,11 +12,13 @@ from geomssl.losses import info_nce
 from geomssl.objectives.ciper import CIPER
 from geomssl.objectives.pairs import following, others
 from geomssl.objectives.predictive import Predictive
+from geomssl.objectives.sie import SIE
 from geomssl.objectives.simclr import SimCLR
+from geomssl.transforms.base import Parameter
 
 CPU, N = torch.device("cpu"), 24
 OWN = {"policy": "none", "positives": "object", "object": "thing"}
-BOTH = OWN | {"categories": ("session", "light"), "continuous": ("azimuth", "distance"), "periods": {"azimuth": 360.0}}
+BOTH = OWN | {"categories": ("session", "light"), "continuous": ("azimuth", "distance")}
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +38,12 @@ def source(**more):
         "thing": (i // 4).float(), "session": (i % 3 * 2).float(), "light": (i % 2).float(), "azimuth": (i * 77 % 360).float(),
         "distance": i.float(), "sequence": (i % 4).float(), "frame": -i.float(),
     }
-    return Resident("toys", "train", pixels, i % 2, ("a", "b"), factors | more)
+    found = Resident("toys", "train", pixels, i % 2, ("a", "b"), factors | more)
+    found.parameters = (
+        Parameter("azimuth", "degrees", "periodic", 0.0, 0.0, 360.0), Parameter("light", "", "index", 0.0, 0.0, 1.0),
+        Parameter("distance", "", "continuous", 0.0, 0.0, 24.0),
+    )
+    return found
 
 
 def made(objective, data=None, **config):
@@ -127,6 +134,25 @@ def test_predictive_is_ciper_without_contrast():
     assert half(encoder, batch).terms.keys() == {"prediction"}
 
 
+def test_sie_sees_how_the_factors_of_the_object_change():
+    changes = {"known": (), "changes": ("azimuth", "distance"), "half": 5, "projector": (8, 6)}
+    encoder, objective, batch = made(SIE, **OWN, **changes)
+    own, other = shown(batch.views["1"]), shown(batch.views["2"])
+    assert torch.equal(own, torch.arange(N).flip(0))
+    assert torch.equal(other // 4, own // 4)
+    turn = torch.deg2rad((other - own) * 77.0)
+    code = torch.stack([turn.cos() - 1, turn.sin(), (other - own) / (N - 1)], dim=1)
+    torch.testing.assert_close(objective.predictor.code(objective.given(batch)), code, rtol=0, atol=1e-6)
+    objective(encoder, batch).total.backward()
+    assert objective.predictor.net[0].weight.grad.abs().min() > 0
+    with pytest.raises(GeomsslError, match="where none changes; expected positives = object or next"):
+        made(SIE, known=(), changes=("azimuth",))
+    with pytest.raises(GeomsslError, match="sie that sees no parameter; expected known transformations, or changes"):
+        made(SIE, **OWN, known=())
+    with pytest.raises(GeomsslError, match="factor 'azimut' of toys; .*did you mean 'azimuth'"):
+        made(SIE, **OWN, known=(), changes=("azimut",))
+
+
 @pytest.mark.parametrize(("kind", "config"), [(Predictive, {}), (CIPER, BOTH), (CIPER, OWN | {"categories": ("session",)})])
 def test_the_gradient_reaches_the_encoder_and_every_head(kind, config):
     encoder, objective, batch = made(kind, **config)
@@ -146,7 +172,7 @@ def test_the_gradient_reaches_the_encoder_and_every_head(kind, config):
         ({"policy": "none", "positives": "next", "sequence": "distance", "continuous": ("azimuth",)}, "24 of 24 images alone"),
         ({"categories": ("session",)}, "between views of one image, where none changes; expected positives = next or object"),
         (OWN | {"continuous": ("session",), "categories": ("session",)}, "session in categories and in continuous"),
-        (OWN | {"continuous": ("azimuth",), "periods": {"azimut": 360.0}}, "a period for azimut; expected one of continuous"),
+        (OWN | {"continuous": ("light",)}, "the change of 'light', a category; expected a continuous factor"),
         (OWN, "policy 'none' on 3 channels; expected a policy with parameters to predict, or factors"),
     ],
 )
