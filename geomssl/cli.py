@@ -5,6 +5,7 @@ Exit codes: 0 good; 1 the gate failed; 2 cannot judge or bad input; 130 interrup
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -34,6 +35,9 @@ COMMANDS = {
     "recipes": ("geomssl.commands.listing:recipes", "list the installed recipes"),
     "doctor": ("geomssl.commands.doctor:doctor", "what this machine has, and what is wrong with it"),
 }
+
+# What a full disk, a quota or a file-size limit says.
+NO_ROOM = {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS}
 
 
 class Commands(click.Group):
@@ -103,11 +107,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in NO_ROOM:
+            # wherever it was met: libraries write caches of their own
+            place = error.filename or "a temporary file or cache"
+            return _complain(f"cannot write {place}: {error.strerror}; expected room and permission to write", "unwritable")
+        said = (str(error).splitlines() or [""])[0]
+        return _complain(f"fault: {type(error).__name__}: {said}; {_logged()}", "fault")
+
+
+def _logged() -> str:
+    """Put the traceback of the present fault in a file, and say where."""
+    try:
         handle, log = tempfile.mkstemp(prefix="geomssl-", suffix=".log")
         with os.fdopen(handle, "w") as file:
             file.write(f"command: {json.dumps(sys.argv)}\n{traceback.format_exc()}")
-        said = (str(error).splitlines() or [""])[0]
-        return _complain(f"fault: {type(error).__name__}: {said}; the traceback is in {Path(log)}", "fault")
+    except OSError as error:
+        return f"no traceback could be written ({error.strerror})"
+    return f"the traceback is in {Path(log)}"
 
 
 def _complain(line: str, reason: str) -> int:

@@ -64,10 +64,12 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "rank": ("geomssl.probes.rank", "rank of the projector and of the features, for every threshold"),
         "tangent": ("geomssl.probes.tangent", "the span of delta-h: unexplained variance and label match"),
         "local": ("geomssl.probes.local", "the affine map of a non-linear projector around each image, and its regions"),
+        "kernel": ("geomssl.probes.kernel", "how much of what augmentations do to h the projector lets through"),
         "bound": ("geomssl.probes.bound", "InfoNCE of batches as in training beside its upper bound"),
         "spectrum": ("geomssl.probes.spectrum", "log singular values of the features, on plain images and on views"),
         "equivalence": ("geomssl.probes.equivalence", "A-SSL's and H-SSL's loss and gradients on the same draws"),
         "linear": ("geomssl.probes.linear", "accuracy of a linear classifier and of nearest neighbours"),
+        "regress": ("geomssl.probes.regress", "is what was done readable from both views: R2 per parameter, beside its null"),
         "embed": ("geomssl.probes.embed", "a PaCMAP map of the features with its trustworthiness"),
         "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual, and other methods by name"),
     },
@@ -135,6 +137,8 @@ def load_attribute(path: str, kind: str) -> Any:
 
 def _load(path: str) -> Any:
     module, _, attribute = path.rpartition(":") if ".py:" in path else path.partition(":")
+    if not module.endswith(".py") and not all(part.isidentifier() for part in module.split(".")):
+        raise ImportError(f"{module!r} is no name of a module")
     loaded = _load_file(module) if module.endswith(".py") else importlib.import_module(module)
     return getattr(loaded, attribute) if attribute else loaded
 

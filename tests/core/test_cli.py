@@ -1,6 +1,8 @@
 """The command line: light help, one line for every mistake, nothing half-written."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 
@@ -215,3 +217,31 @@ def test_settings_of_the_data_set_reach_a_probe(tmp_path, capsys, run):
     capsys.readouterr()
     assert main([*arguments, "--set", "optim.lr=8"]) == 2
     assert "keys of the data set" in said(capsys)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EFBIG])
+def test_no_room_anywhere_is_one_line(number, monkeypatch, capsys):
+    """Libraries write caches of their own: what they meet on a full disk is said like what we meet."""
+
+    def full(**_):
+        raise OSError(number, os.strerror(number), "cache.nbi")
+
+    monkeypatch.setattr("geomssl.commands.listing.datasets.callback", full)
+    assert main(["datasets"]) == 2
+    expected = f"geomssl: cannot write cache.nbi: {os.strerror(number)}; expected room and permission to write [unwritable]\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_fault_is_told_even_where_its_log_cannot_be_written(monkeypatch, capsys):
+    def broken(**_):
+        raise ZeroDivisionError("by nought")
+
+    def refuse(**_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("geomssl.commands.listing.datasets.callback", broken)
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    assert main(["datasets"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("geomssl: fault: ZeroDivisionError: by nought; no traceback could be written")
+    assert said.count("\n") == 1
