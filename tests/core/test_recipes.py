@@ -94,7 +94,7 @@ def test_full_size_recipes_are_the_papers(row):
     assert chosen.objective.projector == ((128, 128, 128) if mnist else (512, 2048, 512))
 
 
-@pytest.mark.parametrize("row", ["mnist-rotation-small", "mnist-translation-small", "mnist-cnn6-small"])
+@pytest.mark.parametrize("row", ["mnist-rotation-small", "mnist-translation-small", "mnist-cnn6-small", "mnist-mlp-small"])
 def test_an_encoder_gives_the_fibres_that_its_objective_picks_from(row):
     """One loss of each small recipe, with positives of both kinds, on noise."""
     for positives in ("fibres", "inputs"):
@@ -118,6 +118,24 @@ def test_the_controls_keep_the_size_of_their_output():
         shapes.append(tuple(encoder.fibres(torch.rand(2, 1, 28, 28)).shape))
     assert shapes[0] == shapes[1]
     assert shapes[0][2] == 6
+
+
+def test_the_perceptron_over_shifts_picks_one_of_its_sixteen_rows():
+    """As a map of 4 x 4 places it holds the same fibres and the same h as along the axis of a group."""
+    settings = {"name": "mlp", "widths": [32, 64], "fibres": 16, "size": 8}
+    made = []
+    for places in (False, True):
+        config = build([{"encoder": settings | {"places": places}}]).encoder
+        with seeded(0, "initialise"):
+            made.append(for_images(config, 1, 8).eval())
+    images = torch.rand(5, 1, 8, 8)
+    rows, places = (encoder.fibres(images) for encoder in made)
+    assert rows.shape == (5, 4, 16, 1, 1)
+    assert places.shape == (5, 4, 1, 4, 4)
+    assert torch.equal(rows.flatten(2), places.flatten(2))
+    assert torch.equal(made[0](images), made[1](images))
+    with pytest.raises(GeomsslError, match="12 fibres as places of a square map"):
+        for_images(build([{"encoder": settings | {"places": True, "fibres": 12, "widths": [24]}}]).encoder, 1, 8)
 
 
 def test_one_epoch_of_a_small_recipe(tmp_path):

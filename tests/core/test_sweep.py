@@ -234,7 +234,7 @@ def test_a_half_run_is_resumed_and_a_failing_cell_stops_nothing(tmp_path, capsys
     text += '[[cell]]\nname = "wrong"\nset = {batch_size = 5000}\n[[cell]]\nname = "cut"\n[[cell]]\nname = "late"\n'
     out = tmp_path / "out"
     half = build([BASE, {"seed": 1}])
-    training.start(half, out / "late-s1.pt", CPU).run(stop_after=1)
+    begun = training.start(half, out / "late-s1.pt", CPU).run(stop_after=1)
     training.start(half, out / "whole.pt", CPU).run()
     (out / "cut-s1.pt").write_bytes((out / "whole.pt").read_bytes()[:3000])
     path = write(tmp_path, text)
@@ -249,6 +249,7 @@ def test_a_half_run_is_resumed_and_a_failing_cell_stops_nothing(tmp_path, capsys
     assert "cut short or damaged" in said.err
     resumed, whole = (checkpoint.load(out / name) for name in ("late-s1.pt", "whole.pt"))
     assert all(torch.equal(resumed["weights"][key], whole["weights"][key]) for key in whole["weights"])
+    assert resumed["history"][:1] == begun, "its first epoch, seconds and all, is the one that was there"
     table = table_of(out).table("train_loss").columns
     assert dict(zip(table["cell"], table["n"], strict=True)) == {"a": 1, "wrong": 0, "cut": 0, "late": 1}
     assert table["mean"][0] == table["mean"][3] == whole["history"][-1]["loss"]
