@@ -34,7 +34,7 @@ def local_maps(projector: nn.Module, h: Tensor, memory: int = BYTES) -> Tensor:
     rows at once as `memory` bytes allow. The projector is copied to the CPU in float64, in eval mode, and left as it is.
     Raises GeomsslError for an h that is no finite matrix. Source: Cosentino et al. 2022, Eq. 11.
     """
-    exact, rows = _exact(projector), checks.matrix(h, "features h")
+    exact, rows = exact_copy(projector), checks.matrix(h, "features h")
     with torch.no_grad():
         outputs = exact(rows[:1]).shape[1]
     widest = max([outputs, rows.shape[1], *(max(w.shape) for w in exact.parameters() if w.dim())])
@@ -154,9 +154,9 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             f"singular values at or above {options.tau:g}{' of the largest' if options.relative else ''}. unexplained = "
             "sum_ik min_t ||delta_h_ik - W_i t||^2 / sum_ik ||delta_h_ik||^2, delta_h_ik = h_i(k) - h*_ik, with h*_ik the "
             "nearest negative of z_i(1) among all other images in views 1 and k; singular values of W_i up to "
-            f"{_cutoff(projector, found.shape, options):.1e} of the largest count as zero. A region is a set of h with the "
-            "same signs at every kink of the projector. distance of two maps = sqrt(sum ||W_i - W_j||_F^2 / sum (||W_i||_F^2 "
-            "+ ||W_j||_F^2) / 2): 0 where equal, sqrt 2 where orthogonal. Float64; eval mode."
+            f"{cutoff_of(projector, found.shape, options.cutoff):.1e} of the largest count as zero. A region is a set of h "
+            "with the same signs at every kink of the projector. distance of two maps = sqrt(sum ||W_i - W_j||_F^2 / sum "
+            "(||W_i||_F^2 + ||W_j||_F^2) / 2): 0 where equal, sqrt 2 where orthogonal. Float64; eval mode."
         ),
         metrics=metrics,
         tables=[_image_table(indices[chosen], found, None if hit is None else hit[chosen]), _distance_table(found),
@@ -185,8 +185,8 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     )
 
 
-def _exact(projector: nn.Module) -> nn.Module:
-    """A copy in double on the CPU: ranks, and whether two maps are one, are decided on differences."""
+def exact_copy(projector: nn.Module) -> nn.Module:
+    """The projector as a copy in double on the CPU: ranks, and whether two maps are one, are decided on differences."""
     return copy.deepcopy(projector).cpu().double().eval()
 
 
@@ -205,16 +205,17 @@ def _delta_h(h1: Tensor, z1: Tensor, hk: Tensor, zk: Tensor) -> Tensor:
     return checks.matrix(hk, "features h") - torch.cat([h1, hk]).double()[nearest_negatives(z1, zk)]
 
 
-def _cutoff(projector: nn.Module, shape: tuple[int, ...], options: Options) -> float:
+def cutoff_of(projector: nn.Module, shape: tuple[int, ...], asked: float | None) -> float:
+    """What was asked, or max(d, p) eps of the dtype in which the projector's weights are stored: smaller ones are rounding."""
     stored = next((p.dtype for p in projector.parameters() if p.is_floating_point()), torch.float32)
-    return options.cutoff if options.cutoff is not None else max(shape) * torch.finfo(stored).eps
+    return asked if asked is not None else max(shape) * torch.finfo(stored).eps
 
 
 def _measure(projector: nn.Module, h: Tensor, delta_h: Tensor, options: Options) -> _Local:
     maps = local_maps(projector, h)
     sigma, right = singular_parts(maps)
     m, p, d = maps.shape
-    cutoff = _cutoff(projector, (p, d), options)
+    cutoff = cutoff_of(projector, (p, d), options.cutoff)
     left, total = local_unexplained(sigma, right, delta_h, cutoff)
     near = nearest(h)
     # a random cyclic shift of a random order pairs every image with another one, and never with itself
@@ -223,7 +224,7 @@ def _measure(projector: nn.Module, h: Tensor, delta_h: Tensor, options: Options)
     far[order] = order.roll(1)
     swapped, _ = local_unexplained(sigma[far], right[far], delta_h, cutoff)
     distances = {"nearest neighbours": map_distances(maps, maps[near]), "random pairs": map_distances(maps, maps[far])}
-    smooth = not piecewise_affine(_exact(projector), h, maps)
+    smooth = not piecewise_affine(exact_copy(projector), h, maps)
     rank = local_rank(sigma, options.tau, options.relative).double()
     return _Local((d, p), sigma, rank, left, swapped, total, near, far, distances, smooth)
 
@@ -251,9 +252,11 @@ def _metrics(found: _Local, options: Options) -> list[Metric]:
     metrics = [
         Metric("local_rank", float(found.rank.mean()), n, Interval(float(low), float(high), f"percentile {RESAMPLED}"),
                unit="dimensions", about="mean over images of the rank of the local map"),
-        _ratio("unexplained", found.left, found.total, options.seed, "share of delta-h outside the image's own local map"),
-        _ratio("unexplained_swapped", found.swapped, found.total, options.seed,
-               "the same with the local map of another, random image: what being local gains lies between the two"),
+        share_metric("unexplained", found.left, found.total, options.seed, "share of delta-h outside the image's own map"),
+        share_metric(
+            "unexplained_swapped", found.swapped, found.total, options.seed,
+            "the same with the local map of another, random image: what being local gains lies between the two",
+        ),
         Metric("unexplained_null", null, n, reason="a closed form: 1 - local rank / d, weighed by the length of delta-h",
                about="expected share for random directions, as many as each local map has"),
     ]
@@ -263,7 +266,8 @@ def _metrics(found: _Local, options: Options) -> list[Metric]:
     return metrics
 
 
-def _ratio(name: str, above: Tensor, below: Tensor, seed: int, about: str) -> Metric:
+def share_metric(name: str, above: Tensor, below: Tensor, seed: int, about: str) -> Metric:
+    """sum above / sum below, a share of energy between 0 and 1, with its interval over images (n,)."""
     low, high = bootstrap_ratio(above[:, None], below[:, None], seed)
     # a share is at most 1, whatever the tails of a studentised interval say
     interval = Interval(float(low[0]) ** 2, float(high[0].square().clamp(max=1)), RESAMPLED)
