@@ -29,7 +29,8 @@ def hermite_basis(size: int, orders: int, scales: tuple[float, ...] = (1.0,), tu
     t in pixels from the centre. F runs over n, then m. Scale s stands on the largest odd window of at most size s / max(s)
     pixels, rounded up to odd, and on zeros outside. Every function is divided, at all scales, by its norm at the smallest
     scale. With `turns` = 4 the second axis holds the functions of the one scale turned by 0, 90, 180, 270 degrees
-    anticlockwise. A filter of one pixel is the number 1 everywhere. Raises GeomsslError for an even size, or turns with scales.
+    anticlockwise. A filter of one pixel is the number 1 everywhere. Raises GeomsslError for an even size, for one that leaves
+    the smallest scale a single pixel, and for turns with scales.
     """
     if size < 1 or size % 2 == 0:
         raise GeomsslError(f"a Hermite basis on {size} pixels", "an odd number of pixels", str(size + 1), reason="bad-value")
@@ -39,16 +40,22 @@ def hermite_basis(size: int, orders: int, scales: tuple[float, ...] = (1.0,), tu
             reason="bad-value",
         )
     if size == 1:
-        return torch.ones(orders**2, max(turns, len(scales)), 1, 1, dtype=torch.float64)
+        return torch.ones(orders**2, max(turns, len(scales)), 1, 1, dtype=torch.float64, device="cpu")
     basis = torch.stack([_at_one_scale(size, orders, scale, max(scales)) for scale in scales], dim=1)
-    smallest = basis[:, [scales.index(min(scales))]]
-    basis = basis / smallest.square().sum(dim=(2, 3), keepdim=True).sqrt()
+    norm = basis[:, [scales.index(min(scales))]].square().sum(dim=(2, 3), keepdim=True).sqrt()
+    if not bool((norm > 0).all()):
+        ratio = max(scales) / min(scales)
+        raise GeomsslError(
+            f"filters of {size} pixels for scales up to {ratio:.3g} times the smallest, which gets a single pixel",
+            "larger filters", str(2 * math.ceil(ratio) + 1), reason="bad-value",
+        )
+    basis = basis / norm
     return torch.cat([basis.rot90(k, (2, 3)) for k in range(turns)], dim=1)
 
 
 def _at_one_scale(size: int, orders: int, scale: float, largest: float) -> Tensor:
     window = int(size * scale / largest) // 2 * 2 + 1
-    t = torch.arange(window, dtype=torch.float64) - window // 2
+    t = torch.arange(window, dtype=torch.float64, device="cpu") - window // 2
     bell = torch.exp(-t.square() / (2 * scale**2)) / scale
     axis = torch.stack([hermite(n, t / scale) * bell for n in range(orders)])
     functions = (axis[:, None, :, None] * axis[None, :, None, :]).flatten(0, 1)
@@ -94,14 +101,13 @@ class HermiteConv2d(Expanded):
         self.group, self.scales, self.places = group, scales, basis.shape[1]
         self.lifting, self.stride, self.padding = lifting, stride, padding
         self.mixing = "none" if lifting or self.places == 1 else mixing
-        # (G, F, k k): one product with the weight gives the filters in the order in which conv2d wants them.
-        basis = basis.flatten(2).transpose(0, 1).contiguous().to(torch.get_default_dtype())
-        self.register_buffer("basis", basis, persistent=False)
         shape: tuple[int, ...] = (out_channels, in_channels, orders**2)
         if self.mixing == "full":
             shape = (out_channels, in_channels, self.places, orders**2)
             self.register_buffer("relative", _relative(self.places, group == "rotation"), persistent=False)
         self.weight = nn.Parameter(torch.empty(shape))
+        # (G, F, k k): one product with the weight gives the filters in the order in which conv2d wants them.
+        self.register_buffer("basis", basis.flatten(2).transpose(0, 1).contiguous().to(self.weight), persistent=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
