@@ -33,7 +33,7 @@ def jacobians(projector: nn.Module, h: Tensor) -> Tensor:
     """dg/dh at every row of h (n, d): (n, p, d), rows independent."""
     # one pull-back of all rows at once, mapped over the outputs: half the time of mapping jacrev over rows, and PReLU takes it
     # a copy, since a layer may work in place
-    out, pull = torch.func.vjp(lambda rows: projector(rows.clone()), h)
+    out, pull = torch.func.vjp(lambda rows: projector(rows.clone()), h)[:2]
     unit = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
     return torch.func.vmap(lambda row: pull(row.expand_as(out))[0], out_dims=1)(unit).detach()
 

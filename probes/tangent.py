@@ -257,7 +257,10 @@ def _remarks(
         )
     twins = int((next(iter(named.values())) == 0).sum())
     if twins:
-        notes.append(f"{twins} images have a nearest negative with exactly their own features: duplicates, at distance 0.")
+        notes.append(
+            f"{twins} images have a nearest negative with exactly their own features, at distance 0: duplicates, or views that "
+            "show nothing."
+        )
     same = int((h1 == h2).all(dim=1).sum())
     if same == n:
         notes.append("Both views of every image have the same features: delta-h is h(1) - h*.")

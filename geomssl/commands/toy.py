@@ -129,7 +129,12 @@ def rotations(
 
 @click.group()
 def toy() -> None:
-    """Small worlds in which a claim of a paper can be seen, without data and without training."""
+    """Small worlds in which a claim of a paper can be seen, without data and without training.
+
+    \b
+    Example:
+      geomssl toy rotations
+    """
 
 
 @toy.command("rotations")
