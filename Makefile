@@ -10,7 +10,7 @@ demo: $(VENV)/.ready
 	$(BIN)/geomssl demo
 
 test: $(VENV)/.ready
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 # torchvision and timm: the comparison of the transforms and the adapters, in an environment of its own.
 test-zoo: .venv-zoo/.ready

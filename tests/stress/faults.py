@@ -23,6 +23,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -246,12 +247,16 @@ def nobody() -> None:
         os.setuid(65534)
 
 
-def disk(folder: Path) -> list[dict[str, object]]:
-    """Every command on a full disk and on a folder that it may not write: its exit code, what it said, what it left."""
+def disk(folder: Path, only: list[str]) -> list[dict[str, object]]:
+    """Commands (all, or `only`) on a full disk and on a folder that they may not write: what they said, what they left."""
     run = folder / "run.pt"
     silently([*TRAIN, "--out", str(run), "--stop-after", "1"])
     # what is imported late must be in before the rights are given up; embed's library keeps threads that no fork survives
-    for probe in names("probe"):
+    probes = [name for name in names("probe") if not only or name in only]
+    if "embed" in probes:
+        embed = [sys.executable, "-m", "geomssl", "embed", "--checkpoint", str(run), "--out", str(folder / "warm"), *QUICK]
+        subprocess.run(embed, check=True, capture_output=True)
+    for probe in probes:
         if probe != "embed":
             with contextlib.suppress(AssertionError):
                 silently([probe, "--checkpoint", str(run), "--out", str(folder / "warm"), *QUICK])
@@ -264,8 +269,9 @@ def disk(folder: Path) -> list[dict[str, object]]:
         "features": ["features", *model, "-o", "{out}/f.npz"],
         "safetensors": ["features", *model, "-o", "{out}/f.safetensors"],
         "report": ["report", str(run), "-o", "{out}/r.html"],
-        **{probe: [probe, *model, "--out", "{out}"] for probe in names("probe")},
+        **{probe: [probe, *model, "--out", "{out}"] for probe in probes},
     }
+    commands = {name: arguments for name, arguments in commands.items() if not only or name in only}
     found = []
     for fault, before in (("full", full), ("read-only", nobody)):
         for name, arguments in commands.items():
@@ -296,13 +302,13 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--disk", action="store_true")
+    parser.add_argument("--disk", nargs="*", metavar="COMMAND", help="full disks and rights, of all commands or these")
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="geomssl-faults-") as where:
         os.chmod(where, 0o755)
-        if asked.disk:
-            print(json.dumps(disk(Path(where)), indent=1))
+        if asked.disk is not None:
+            print(json.dumps(disk(Path(where), asked.disk), indent=1))
         else:
             began = time.monotonic()
             for what, count in kills(Path(where), asked.kills, asked.seed).items():
