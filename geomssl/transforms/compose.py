@@ -142,6 +142,18 @@ POLICIES: dict[str, tuple[Callable[[], list[Transform]], str]] = {
 }
 
 
+def _without(base: str, name: str) -> Callable[[], list[Transform]]:
+    return lambda: [part for part in POLICIES[base][0]() if part.name != name]
+
+
+POLICIES |= {
+    f"ciper-no-{word}": (_without("ciper", name), f"ciper without {name} (row C9)")
+    for word, name in (
+        ("crop", "resized-crop"), ("flip", "horizontal-flip"), ("jitter", "jitter"), ("gray", "grayscale")
+    )
+}
+
+
 def policy(name: str) -> Compose:
     """The augmentation policy of that name; GeomsslError naming the nearest where there is none."""
     if name not in POLICIES:
