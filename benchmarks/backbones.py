@@ -1,0 +1,144 @@
+"""The H-SSL backbones and their layers against plain convolutions of equal multiply-adds and groups, and e2cnn and escnn."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import resource
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from harness import Row, device, duel
+from torch import Tensor, nn
+
+SIZE, BATCH, FIELDS = 32, 16, 16
+NARROW = {"stem": (9, 16), "widths": (16, 32, 64)}
+
+
+@dataclass(frozen=True)
+class Memory(Row):
+    """The same claim about peak memory, in MiB."""
+
+    def cells(self) -> list[str]:
+        spread = f"{self.low:.2f}–{self.high:.2f}"
+        return [
+            self.what, f"{self.ours:.0f} MiB", self.against, f"{self.peer:.0f} MiB", f"{self.ratio:.2f}", spread,
+            str(self.rounds), self.target,
+        ]
+
+
+def main() -> list[Row]:
+    from geomssl.encoders import GroupConv2d
+    from geomssl.encoders.hermite import HermiteConv2d
+    from geomssl.encoders.homomorphic import SCALES
+    from geomssl.transforms import CyclicRotations
+
+    rows, where = [], device()
+    for group, mixing, places in (("rotation", "none", 4), ("scale", "none", 6), ("rotation", "full", 4)):
+        layer = HermiteConv2d(FIELDS, FIELDS, 7, 3, group, SCALES, padding=3, mixing=mixing).to(where)
+        plain = nn.Conv2d(places * FIELDS, places * FIELDS, 7, padding=3, groups=1 if mixing == "full" else places, bias=False)
+        # as one layer leaves it to the next: G before C in memory
+        x = torch.randn(BATCH, places, FIELDS, SIZE, SIZE, device=where).movedim(1, 2)
+        rows.append(duel(
+            f"HermiteConv2d, {group}, mixing {mixing}, {FIELDS} fields, 7×7, {SIZE}×{SIZE}, batch {BATCH}", step(layer, x),
+            "conv2d of equal multiply-adds and groups", step(plain.to(where), x.movedim(2, 1).flatten(1, 2)), rounds=9,
+            target="≥ 0.95",
+        ))
+    rows.append(duel(
+        f"hssl-cifar10, rotation, widths {NARROW['widths']}, 25×25, batch {BATCH}", step(network("rotation"), pictures(where)),
+        "the same of plain conv2d, equal groups", step(network("none"), pictures(where)), rounds=7, target="≥ 0.95",
+    ))
+    lifted = torch.randn(BATCH, FIELDS, 4, SIZE, SIZE, device=where)
+    ours = GroupConv2d(FIELDS, FIELDS, 3, CyclicRotations(4), padding=1, bias=False).to(where)
+    for library in ("e2cnn", "escnn"):
+        if importlib.util.find_spec(library) is None:
+            print(f"{library} is not installed: its rows are left out", file=sys.stderr)
+            continue
+        theirs, wrapped = peer(library, lifted.flatten(1, 2))
+        rows.append(duel(
+            f"C4 GroupConv2d, {FIELDS} fields, 3×3, {SIZE}×{SIZE}, batch {BATCH}", step(ours, lifted), f"{library} R2Conv",
+            step(theirs, wrapped), rounds=9, target="≥ 1",
+        ))
+        rows.append(duel(
+            "construction of three C4 layers, 64 fields, 3×3",
+            lambda: [GroupConv2d(64, 64, 3, CyclicRotations(4), bias=False) for _ in range(3)],
+            f"{library} R2Conv", lambda library=library: [peer_layer(library, 64) for _ in range(3)], rounds=3, target="≥ 10",
+            warm=0,
+        ))
+    if where.type == "cpu":
+        rows.append(memory())
+    return rows
+
+
+def network(group: str) -> nn.Module:
+    from geomssl import encoders
+
+    return encoders.build("hssl-cifar10", 3, group=group, fibres=4, **NARROW).to(device())
+
+
+def pictures(where: torch.device) -> Tensor:
+    return torch.rand(BATCH, 3, 25, 25, device=where)
+
+
+def step(layer: Callable[..., Tensor], x: Tensor) -> Callable[[], None]:
+    """Forward and backward, to the weights and the input."""
+    if isinstance(x, Tensor):
+        x = x.detach().requires_grad_(True)
+    weights = [p for p in layer.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+
+    def run() -> None:
+        y = layer(x)
+        y = y if isinstance(y, Tensor) else y.tensor
+        torch.autograd.grad(y, [x if isinstance(x, Tensor) else x.tensor, *weights], torch.ones_like(y))
+
+    return run
+
+
+def peer_layer(library: str, fields: int) -> nn.Module:
+    """A C4 convolution of e2cnn or escnn between as many regular fields."""
+    gspaces = importlib.import_module(f"{library}.gspaces")
+    theirs = importlib.import_module(f"{library}.nn")
+    space = gspaces.Rot2dOnR2(4) if library == "e2cnn" else gspaces.rot2dOnR2(4)
+    kind = theirs.FieldType(space, fields * [space.regular_repr])
+    return theirs.R2Conv(kind, kind, kernel_size=3, padding=1, bias=False)
+
+
+def peer(library: str, flat: Tensor) -> tuple[nn.Module, object]:
+    """Such a layer and an input of its type."""
+    layer = peer_layer(library, FIELDS).to(flat.device)
+    theirs = importlib.import_module(f"{library}.nn")
+    return layer, theirs.GeometricTensor(flat.clone().requires_grad_(True), layer.in_type)
+
+
+def memory() -> Row:
+    """Peak memory of two steps of the backbone in a process of its own, less that of a process that only imports and draws."""
+    found = {kind: [peak(kind) for _ in range(3)] for kind in ("rotation", "none", "nothing")}
+    floor = min(found["nothing"])
+    ours, plain = (sorted(value - floor for value in found[kind]) for kind in ("rotation", "none"))
+    ratios = sorted(b / a for a, b in zip(ours, plain, strict=True))
+    return Memory(
+        f"hssl-cifar10, rotation, peak memory of a step, batch {BATCH}", ours[1], plain[1],
+        "the same of plain conv2d, equal groups", ratios[1], ratios[0], ratios[2], 3, "≥ 1",
+    )
+
+
+def peak(kind: str) -> float:
+    """MiB of resident memory at most, in a fresh process."""
+    told = subprocess.run(
+        [sys.executable, __file__, kind, str(torch.get_num_threads())], capture_output=True, text=True, check=True
+    )
+    return float(told.stdout)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[2]))
+    images = pictures(torch.device("cpu"))
+    run = None if sys.argv[1] == "nothing" else step(network(sys.argv[1]), images)
+    if run is None:
+        network("rotation")
+    for _ in range(2):
+        _ = run() if run else None
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
