@@ -34,15 +34,28 @@ class Triangle:
 
     def add(self, rows: Tensor) -> None:
         """Take in rows (m, d), of any dtype. GeomsslError where they are not finite or of another width."""
-        exact = checks.matrix(rows, "features")
+        if rows.dim() != 2 or rows.numel() == 0:
+            checks.matrix(rows, "features")
+        width = rows.shape[1]
         if self.count == 0:
             # about the first row, so that a large common offset costs no digits
-            self.offset, self._rows = exact[0].clone(), exact.new_zeros(0, exact.shape[1] + 1)
-        if exact.shape[1] != len(self.offset):
-            raise GeomsslError(f"rows of width {exact.shape[1]} after rows of width {len(self.offset)}", "equal widths",
-                               reason="bad-shape")
-        self._fold(torch.cat([exact.new_ones(len(exact), 1), exact - self.offset], dim=1))
-        self.count += len(exact)
+            self.offset = rows[0].detach().to("cpu", torch.float64, copy=True)
+            self._rows = self.offset.new_zeros(0, width + 1)
+        if width != len(self.offset):
+            given = f"rows of width {width} after rows of width {len(self.offset)}"
+            raise GeomsslError(given, "equal widths", reason="bad-shape")
+        held = len(self._rows)
+        stacked = self.offset.new_empty(held + len(rows), width + 1)
+        stacked[:held] = self._rows
+        stacked[held:, 0] = 1
+        stacked[held:, 1:] = rows.detach()
+        stacked[held:, 1:] -= self.offset
+        self._fold(stacked)
+        # what is not finite spreads to the factor, which is smaller to look at
+        if not torch.isfinite(self._rows).all():
+            checks.matrix(rows, "features")
+            raise GeomsslError("features too large for float64", "numbers under 1e300", reason="not-finite")
+        self.count += len(rows)
 
     def merge(self, other: Triangle) -> None:
         """Take in all rows of another one."""
@@ -51,11 +64,10 @@ class Triangle:
         elif other.count:
             moved = other._rows.clone()
             moved[:, 1:] += moved[:, :1] * (other.offset - self.offset)
-            self._fold(moved)
+            self._fold(torch.cat([self._rows, moved]))
             self.count += other.count
 
-    def _fold(self, rows: Tensor) -> None:
-        stacked = torch.cat([self._rows, rows])
+    def _fold(self, stacked: Tensor) -> None:
         self._upper = len(stacked) > stacked.shape[1]
         self._rows = torch.linalg.qr(stacked, mode="r").R if self._upper else stacked
 
