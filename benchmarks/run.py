@@ -18,7 +18,9 @@ if importlib.util.find_spec("torchvision") and not torch.cuda.is_available():
     _library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     _library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 
-BENCHMARKS = ("views", "step", "group_conv", "backbones", "saliency", "negatives", "equivariance", "lie", "geometry", "jacobians")
+BENCHMARKS = (
+    "views", "step", "group_conv", "backbones", "saliency", "negatives", "equivariance", "lie", "geometry", "jacobians",
+)
 
 
 def machine() -> str:

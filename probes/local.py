@@ -104,7 +104,7 @@ class Options(subject.Options):
 
 @dataclass(frozen=True)
 class _Local:
-    """What is known at each of m images: every field but `shape` has one row an image."""
+    """What is known at each of m images: every tensor has one row an image."""
 
     shape: tuple[int, int]
     sigma: Tensor
@@ -116,6 +116,7 @@ class _Local:
     far: Tensor
     distances: dict[str, tuple[Tensor, Tensor]]
     smooth: bool
+    maps: Tensor
 
 
 def probe(subject: subject.Subject, options: Options) -> Artifact:
@@ -137,7 +138,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         raise GeomsslError("delta-h of zero for every image", "views that differ from their negatives", reason="degenerate")
     found = _measure(projector, h1[chosen], delta_h, options)
     hit = None if found.smooth else regions(patterns(projector, h1))
-    if hit is not None and not _decides(projector, h1[chosen], hit[chosen]):
+    if hit is not None and not _decides(found.maps, hit[chosen]):
         hit = None
         notes.append("Two images with the same signs at every kink have different maps: the regions cannot be told by them.")
     elif hit is None:
@@ -226,7 +227,7 @@ def _measure(projector: nn.Module, h: Tensor, delta_h: Tensor, options: Options)
     distances = {"nearest neighbours": map_distances(maps, maps[near]), "random pairs": map_distances(maps, maps[far])}
     smooth = not piecewise_affine(exact_copy(projector), h, maps)
     rank = local_rank(sigma, options.tau, options.relative).double()
-    return _Local((d, p), sigma, rank, left, swapped, total, near, far, distances, smooth)
+    return _Local((d, p), sigma, rank, left, swapped, total, near, far, distances, smooth, maps)
 
 
 def nearest(h: Tensor) -> Tensor:
@@ -235,13 +236,13 @@ def nearest(h: Tensor) -> Tensor:
     return apart.fill_diagonal_(torch.inf).argmin(dim=1)
 
 
-def _decides(projector: nn.Module, h: Tensor, hit: Tensor) -> bool:
+def _decides(maps: Tensor, hit: Tensor) -> bool:
     """True where every two of those images in one region have one map: no kink went unseen."""
     order = torch.sort(hit, stable=True).indices
     a, b = order[:-1][hit[order].diff() == 0], order[1:][hit[order].diff() == 0]
     if not len(a):
         return True
-    squares, size = map_distances(local_maps(projector, h[a]), local_maps(projector, h[b]))
+    squares, size = map_distances(maps[a], maps[b])
     return bool((squares <= 1e-18 * size).all())
 
 

@@ -128,7 +128,7 @@ def test_a_rotation_gives_its_generator_times_the_mean_of_sinc() -> None:
     j = turn @ flat @ turn.T
     half = 0.6
     h = draw(40, 4, seed=1).repeat(2, 1)
-    eps = torch.cat([torch.full((40,), half), torch.full((40,), -half)]).double()
+    eps = torch.tensor([half, -half], dtype=torch.float64).repeat_interleave(40)
     v = torch.stack([expm(float(e) * j) @ row - row for e, row in zip(eps, h, strict=True)])
     found = fit_generator(h, v, eps, penalties=(0.0,))
     torch.testing.assert_close(found.matrix, j * math.sin(half) / half, rtol=1e-12, atol=1e-12)
