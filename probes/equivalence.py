@@ -115,7 +115,7 @@ def compare(objective: HSSL, encoder: Encoder, images: Tensor, draw: Tensor, mod
     by_layer = [_by_layer(layers, [torch.zeros_like(p) if s is None else s for p, s in zip(parameters, of, strict=True)])
                 for of in slopes]  # fmt: skip
     moved = float(apart / spread) if float(spread) > 0 else 0.0
-    return Compared(float(losses[0]), float(losses[1]), float(defect), moved, *by_layer)
+    return Compared(float(losses[0].detach()), float(losses[1].detach()), float(defect), moved, *by_layer)
 
 
 def _layers(objective: HSSL, encoder: Encoder) -> dict[str, list[Tensor]]:

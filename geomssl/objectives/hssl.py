@@ -224,7 +224,7 @@ class HSSL(Objective):
             )
         places = height * width if config.group == "translation" else orientations
         strange = {"rotation": factors is not None, "scale": of is not None, "translation": False}[config.group]
-        if strange and config.positives != "inputs":
+        if (strange or places == 1) and config.positives != "inputs":
             raise self._no_group(shape)
         largest = places - 1 if config.positives != "inputs" else places
         if config.fibres > largest:
