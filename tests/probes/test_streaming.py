@@ -121,6 +121,17 @@ def test_halves_are_halves_and_follow_the_seed(n: int) -> None:
     assert not list(halves(x[:3], 30, 0, "test"))
 
 
+@pytest.mark.parametrize("n", [60, 9000])
+def test_no_row_is_in_a_half_twice(n: int) -> None:
+    """Row j alone has a 1 in column j: the energy of a column is how often its row was taken."""
+    x = torch.zeros(n, 8, dtype=torch.float64)
+    x[range(8), range(8)] = 1
+    taken = torch.stack([(half.factor(centre=False) ** 2).sum(dim=0) for half in halves(x, 40, 0, "once")])
+    assert torch.allclose(taken, taken.round(), atol=1e-12)
+    assert set(taken.round().flatten().tolist()) == {0.0, 1.0}
+    assert 0.3 < float(taken.mean()) < 0.7
+
+
 @pytest.mark.parametrize("n", [60, 3000])
 def test_the_spread_of_halves_is_that_of_fresh_samples(n: int) -> None:
     """var(half) - var(whole) = var(whole), drawn one by one (n = 60) and by groups (n = 3000)."""
