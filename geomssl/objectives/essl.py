@@ -48,7 +48,8 @@ class ESSL(Objective):
         elements = self.turns.elements().to(third)
         turned = [self.turns(third, element.expand(len(third), 1)) for element in elements]
         (h1, h2, *others), own = encoded(encoder, batch.views["1"].images, batch.views["2"].images, *turned)
-        contrastive = info_nce(*joint(self.projector, h1, h2), self.config.beta, self.config.denominator, symmetric=True)
+        z1, z2 = joint(self.projector, h1, h2)
+        contrastive = info_nce(z1, z2, self.config.beta, self.config.denominator, symmetric=True)
         labels = torch.arange(4, device=third.device).repeat_interleave(len(h1))
         rotation = F.cross_entropy(self.predictor(torch.cat(others)), labels)
         total = contrastive + self.config.weight * rotation

@@ -26,12 +26,12 @@ class Halves(nn.Module):
 
     def __init__(self, dim: int, half: int) -> None:
         super().__init__()
-        self.half = half
+        self.each = half
         self.map: nn.Module = nn.Identity() if dim == 2 * half else nn.Linear(dim, 2 * half, bias=False)
 
     def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
         y = self.map(h)
-        return y[..., : self.half], y[..., self.half :]
+        return y[..., : self.each], y[..., self.each :]
 
 
 class InvariantProjector(nn.Module):

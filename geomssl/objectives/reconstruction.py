@@ -14,7 +14,7 @@ from geomssl.distributed import gather
 from geomssl.encoders.base import Encoder
 from geomssl.heads import regressor
 from geomssl.losses import vicreg, wide
-from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec
+from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, joint
 from geomssl.objectives.decoder import Decoder, token_grid, tokens
 from geomssl.objectives.halves import Halves, HalvesSettings, InvariantProjector, head
 from geomssl.objectives.vicreg import named
@@ -58,7 +58,8 @@ class Reconstruction(Objective):
         seen = batch.views["2"].images
         maps = encoder.fibres(torch.cat([batch.views["1"].images, seen]))
         h1, h2 = encoder.pool(maps).chunk(2)
-        terms = vicreg(*self.projector(torch.cat([gather(h1), gather(h2)])).chunk(2), self.config.form)
+        z1, z2 = joint(self.projector, gather(h1), gather(h2))
+        terms = vicreg(z1, z2, self.config.form)
         # a mean over this process's own images: their pixels meet no one else's
         error = F.mse_loss(wide(self.painted(maps)), seen)
         total = self.config.ssl * self.config.total(terms) + self.config.reconstruction * error

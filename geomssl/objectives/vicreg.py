@@ -50,7 +50,8 @@ class VICReg(Objective):
     def forward(self, encoder: Encoder, batch: Batch) -> Losses:
         assert self.projector is not None
         (h1, h2), own = encoded(encoder, batch.views["1"].images, batch.views["2"].images)
-        terms = vicreg(*joint(self.projector, h1, h2), self.config.form)
+        z1, z2 = joint(self.projector, h1, h2)
+        terms = vicreg(z1, z2, self.config.form)
         return Losses(self.config.total(terms), named(terms), own)
 
 

@@ -74,6 +74,20 @@ def test_partners_are_other_images_of_the_same_object_and_bring_their_factors():
     assert not torch.equal(shown(batch.views["1"]), shown(batch.views["2"]))
 
 
+def test_the_rows_of_a_process_are_rows_of_the_whole_batch():
+    """Partners and their factors are drawn for the whole batch, so views do not depend on the number of processes."""
+    data, (_, objective, _) = source(), made(CIPER, **BOTH)
+    order = torch.randperm(N)
+    whole, *parts = (
+        make_batch(data, order, objective, CPU, 0, 5, rows=rows) for rows in (slice(None), slice(0, 12), slice(12, 24))
+    )
+    for name, view in whole.views.items():
+        assert torch.equal(view.images, torch.cat([part.views[name].images for part in parts]))
+        for factor in objective.factors:
+            assert torch.equal(view.factors[factor], torch.cat([part.views[name].factors[factor] for part in parts]))
+    assert torch.equal(whole.factors["azimuth"], torch.cat([part.factors["azimuth"] for part in parts]))
+
+
 def test_every_other_image_of_an_object_is_drawn_as_often():
     draw = others(torch.tensor([0.0, 1, 0, 2, 0, 1, 2, 0]))
     found = draw(torch.zeros(6000, dtype=torch.long), torch.Generator().manual_seed(0))
