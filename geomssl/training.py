@@ -20,7 +20,7 @@ from geomssl.learner import Learner, build_encoder, epoch_order, initialise, mak
 from geomssl.objectives.base import Batch, Losses
 from geomssl.optim import learning_rate
 from geomssl.progress import track
-from geomssl.recipe import MACHINE, Recipe, build, flat, refuse_strangers
+from geomssl.recipe import Recipe, build, differing, refuse_strangers
 from geomssl.registry import resolve
 from geomssl.seeding import seeded
 
@@ -49,10 +49,9 @@ def resume(path: Path | str, where: torch.device, layers: Sequence[Mapping[str, 
     state = checkpoint.load(path)
     refuse_strangers(state["config"], layers, str(path))
     recipe = build([state["config"], *layers], str(path))
-    was, wanted = flat(build([state["config"]], str(path)).plain()), flat(recipe.plain())
-    differing = sorted(key for key in (was.keys() | wanted.keys()) - MACHINE if was.get(key) != wanted.get(key))
-    if differing:
-        said = ", ".join(f"{key} = {wanted.get(key)} (was {was.get(key)})" for key in differing)
+    changed = differing(build([state["config"]], str(path)).plain(), recipe.plain())
+    if changed:
+        said = ", ".join(changed)
         raise GeomsslError(f"--resume {path} with {said}", "the settings of the run that is resumed", reason="changed-recipe")
     trainer = Trainer(recipe, path, where)
     trainer.restore(state)
