@@ -54,6 +54,12 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "fields": ("geomssl.data.rendered:FieldsSet", "band-limited random fields, drawn from formulas, embedded"),
         "phantoms": ("geomssl.data.rendered:PhantomsSet", "smooth-edged shapes on black, drawn from formulas, embedded"),
         "views": ("geomssl.data.views:ViewsSet", "superquadric objects with known class, view, light and background, embedded"),
+        "core50": ("geomssl.data.core50:CORe50", "50 objects held in the hand, filmed in 11 sessions, on disk"),
+        "tdw": ("geomssl.data.tdw:TDW", "12 rendered objects from known azimuth, elevation and distance, on disk"),
+        "3diebench": ("geomssl.data.threedie:ThreeDIEBench", "55 classes of rendered objects, rotation and hues known"),
+        "tiny-imagenet": ("geomssl.data.tiny_imagenet:TinyImageNet", "110,000 photographs in 200 classes, 64x64, on disk"),
+        "imagenet": ("geomssl.data.imagenet:ImageNet", "ILSVRC 2012, 1.3 million photographs in 1,000 classes, on disk"),
+        "ade20k": ("geomssl.data.ade20k:ADE20K", "22,210 scenes with a name for every pixel, on disk"),
     },
     "probe": {
         "equivariance": ("geomssl.probes.equivariance", "how far f(T_g x) is from the declared action on f(x)"),
