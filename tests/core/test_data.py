@@ -6,6 +6,8 @@ import torch
 from PIL import Image
 
 from geomssl import data
+from geomssl.config import Settings
+from geomssl.data.base import Resident
 from geomssl.data.splits import stratified
 from geomssl.errors import GeomsslError
 
@@ -134,3 +136,28 @@ def test_absent_and_empty_folders(tmp_path):
         data.load("digit", "train")
     with pytest.raises(GeomsslError, match="train, val or test"):
         data.load("digits", "valid")
+
+
+def test_a_limit_draws_some_images_of_each_split(monkeypatch):
+    """The same ones each time, with their own labels and factors; a limit beyond the split changes nothing."""
+    pixels = torch.arange(50, dtype=torch.uint8).view(50, 1, 1, 1).expand(50, 1, 2, 2).contiguous()
+
+    class Config(Settings):
+        name: str = "digits"
+        seed: int = 0
+        limit: int | None = None
+
+    class Counted:
+        @staticmethod
+        def load(config, split):
+            return Resident("counted", split, pixels, torch.arange(50), factors={"twice": 2.0 * torch.arange(50)})
+
+    monkeypatch.setattr(data, "resolve", lambda *_: Counted)
+    some = data.load_config(Config(limit=20), "train")
+    chosen = some.images(torch.arange(20))[:, 0, 0, 0].long()
+    assert len(some) == len(chosen.unique()) == 20
+    assert torch.equal(some.labels, chosen)
+    assert torch.equal(some.factors["twice"], 2.0 * chosen)
+    again, other = data.load_config(Config(limit=20), "train"), data.load_config(Config(limit=20, seed=1), "train")
+    assert some.fingerprint == again.fingerprint != other.fingerprint
+    assert len(data.load_config(Config(limit=99), "train")) == len(data.load_config(Config(), "train")) == 50
