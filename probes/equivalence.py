@@ -149,8 +149,8 @@ def _frozen(encoder: Encoder, images: Tensor) -> Iterator[None]:
         for handle in handles:
             handle.remove()
     for module, (mean, var) in seen.items():
-        module.running_mean.copy_(mean)  # type: ignore[operator, union-attr]
-        module.running_var.copy_(var)  # type: ignore[operator, union-attr]
+        module.running_mean.copy_(mean)  # type: ignore[operator]
+        module.running_var.copy_(var)  # type: ignore[operator]
     encoder.eval()
     yield
     encoder.train()
@@ -200,13 +200,14 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         shape = tuple(subject.encoder.fibres(subject.images(indices[:2])).shape)
     with seeded(options.seed, "equivalence"):
         objective = measured(subject, options, shape, notes)
-        rows = {mode: [] for mode in ("train", "eval")}  # type: dict[str, list[Compared]]
+        rows: dict[str, list[Compared]] = {"train": [], "eval": []}
+        modes: tuple[Mode, ...] = ("train", "eval")
         with untouched(subject.encoder, objective, dtype=dtype):
             for number, chosen in _batches(subject, indices, options):
                 images = subject.images(chosen).to(dtype)
                 draw = torch.rand(len(chosen), 3, generator=generator(options.seed, "equivalence-draw", number))
-                for mode in ("train", "eval"):
-                    rows[mode].append(compare(objective, subject.encoder, images, draw.to(subject.device), mode))  # type: ignore[arg-type]
+                for mode in modes:
+                    rows[mode].append(compare(objective, subject.encoder, images, draw.to(subject.device), mode))
             space = objective.ahead(subject.encoder, images)
             exact = _exact(objective, subject.encoder, space, (images.shape[2], images.shape[3]))
     if not exact:
