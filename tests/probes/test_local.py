@@ -15,6 +15,7 @@ from geomssl.errors import GeomsslError
 from geomssl.probes import tangent
 from geomssl.probes.local import (
     Options,
+    _measure,
     local_maps,
     local_rank,
     local_unexplained,
@@ -79,6 +80,26 @@ def test_what_one_region_sees_the_other_does_not() -> None:
     assert local_rank(sigma, 1e-6).tolist() == [2, 1, 2]
 
 
+def test_swapped_uses_the_map_of_the_other_image() -> None:
+    """Where h_1 > 0 the step is e_1, else e_2: each image's own map explains it, and the map of the left side misses e_1."""
+    projector = TwoRegions(torch.diag(torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64)), torch.eye(3).double()[0])
+    h = draw(30, 3, seed=5)
+    positive = h[:, 0] > 0
+    steps = torch.where(positive[:, None], torch.eye(3).double()[0], torch.eye(3).double()[1])
+    found = _measure(projector, h, steps[:, None], Options())
+    assert not (found.far == torch.arange(30)).any()
+    assert found.left.tolist() == pytest.approx([0] * 30, abs=1e-14)
+    missed = positive & ~positive[found.far]
+    assert missed.any()
+    assert found.swapped.tolist() == pytest.approx(missed.double().tolist(), abs=1e-14)
+
+
+def test_local_rank_counts_from_the_threshold_on() -> None:
+    sigma = torch.tensor([[10.0, 5, 0.5], [1, 0.1, 0.05], [0, 0, 0]], dtype=torch.float64)
+    assert local_rank(sigma, 0.1).tolist() == [3, 2, 0]
+    assert local_rank(sigma, 0.1, relative=True).tolist() == [2, 2, 0]
+
+
 def test_local_maps_are_the_product_of_the_masked_weights() -> None:
     projector, h = mlp(), draw(30, 7, seed=3)
     w1, b1, w2, b2, w3 = (projector[0].weight, projector[0].bias, projector[2].weight, projector[2].bias, projector[4].weight)
@@ -122,7 +143,22 @@ def test_batch_norm_in_eval_mode_is_affine() -> None:
     assert regions(patterns(projector, h)).tolist() == [0] * 12
 
 
+class Function(nn.Module):
+    """A function of h, called as one."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.function(h)
+
+
 KINKED = {
+    "clamp": (lambda: Function(lambda h: torch.clamp(h, -1.0, 2.0)), [-1.0, 2.0]),
+    "clamp below": (lambda: Function(lambda h: h.clamp(min=-0.5)), [-0.5]),
+    "abs": (lambda: Function(torch.abs), [0.0]),
+    "maximum": (lambda: Function(lambda h: torch.maximum(h, 0.5 * h)), [0.0]),
     "relu": (nn.ReLU, [0.0]), "in place": (lambda: nn.ReLU(inplace=True), [0.0]), "leaky": (nn.LeakyReLU, [0.0]),
     "prelu": (nn.PReLU, [0.0]), "relu6": (nn.ReLU6, [0.0, 6.0]), "hardtanh": (nn.Hardtanh, [-1.0, 1.0]),
     "threshold": (lambda: nn.Threshold(0.3, 0.0), [0.3]),
