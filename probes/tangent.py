@@ -258,8 +258,8 @@ def _remarks(
     twins = int((next(iter(named.values())) == 0).sum())
     if twins:
         notes.append(
-            f"{twins} images have a nearest negative with exactly their own features, at distance 0: duplicates, or views that "
-            "show nothing."
+            f"Nearest negatives with exactly the features of their anchor, at distance 0: {twins} of {n} (duplicates, or views "
+            "that show nothing)."
         )
     same = int((h1 == h2).all(dim=1).sum())
     if same == n:

@@ -217,7 +217,7 @@ def test_duplicates_and_a_policy_that_does_nothing_are_named(make_subject: Calla
     assert found.metric("distance_positive").value == 0
     assert found.metric("distance").value > 0
     said = " ".join(found.notes)
-    assert "20 images have a nearest negative with exactly their own features" in said
+    assert "exactly the features of their anchor, at distance 0: 20 of 60" in said
     assert "Both views of every image have the same features" in said
     images[30:] = images[:30]
     doubled = Resident("doubled", "test", images, source.labels)
