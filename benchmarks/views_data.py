@@ -11,7 +11,7 @@ from harness import seconds
 
 
 def rate(n: int, size: int, rounds: int, where: torch.device) -> list[tuple[float, float]]:
-    """Images a second, and a second of processor time, in each round, of scenes as `views` draws them; one more is not timed."""
+    """Images a second, and a second of processor time, in each round, of scenes as `views` draws them."""
     from geomssl import data
     from geomssl.data.raytrace import render
 
