@@ -6,10 +6,11 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.heads import mlp
+from geomssl.objectives.pairs import PairSettings
 from geomssl.objectives.vicreg import VICRegSettings
 
 
-class HalvesSettings(VICRegSettings):
+class HalvesSettings(VICRegSettings, PairSettings):
     """The split and its heads."""
 
     policy: str = Field("equivariant", description="augmentation policy")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -70,27 +70,52 @@ def factor(source: Source | None, name: str, labels: bool = False) -> Tensor:
     return values
 
 
-def change(source: Source | None, name: str) -> Parameter:
+QUATERNION = tuple(f"quaternion_{axis}" for axis in "xyzw")
+
+
+def factors_of(names: Sequence[str]) -> tuple[str, ...]:
+    """The factors behind those words: "quaternion" stands for quaternion_x, quaternion_y, quaternion_z and quaternion_w."""
+    return tuple(factor for name in names for factor in (QUATERNION if name == "quaternion" else (name,)))
+
+
+def change(source: Source | None, name: str) -> tuple[Parameter, ...]:
     """How the factor of that name may change from one image to another: by up to its range on the training split, or, where
-    the source says that it is periodic, by half its period either way.
+    the source says that it is periodic, by half its period either way. "quaternion" is the turn between two rotations: four
+    parameters, of which w is not negative.
 
     Raises GeomsslError where it is missing, constant or a category.
     """
+    for needed in factors_of([name]):
+        factor(source, needed)
+    if name == "quaternion":
+        bounds = {axis: (1.0, 0.0) if axis == QUATERNION[3] else (0.0, -1.0) for axis in QUATERNION}
+        return tuple(Parameter(axis, "", "continuous", identity, low, 1.0) for axis, (identity, low) in bounds.items())
     values = factor(source, name)
     said = {p.name: p for p in source.parameters}.get(name) if source is not None else None
     if said is not None and said.kind == "index":
         raise GeomsslError(f"the change of {name!r}, a category", "a continuous factor", reason="bad-value")
     if said is not None and said.kind == "periodic":
         half = (said.high - said.low) / 2
-        return Parameter(name, said.unit, "periodic", 0.0, -half, half)
+        return (Parameter(name, said.unit, "periodic", 0.0, -half, half),)
     reach = float(values.max() - values.min())
-    return Parameter(name, "" if said is None else said.unit, "continuous", 0.0, -reach, reach)
+    return (Parameter(name, "" if said is None else said.unit, "continuous", 0.0, -reach, reach),)
 
 
-def changed(before: Tensor, after: Tensor, by: Parameter) -> Tensor:
-    """after - before, the short way round where the factor is periodic: in [low, high)."""
-    difference = after - before
-    return difference if by.kind != "periodic" else (difference - by.low).remainder(by.high - by.low) + by.low
+def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor], by: tuple[Parameter, ...]) -> Tensor:
+    """(N, len(by)): after - before, the short way round where a factor is periodic: in [low, high).
+
+    Of a quaternion it is the turn that leads from the one rotation to the other, q_after q_before^-1, with w >= 0.
+    """
+    first = [before[p.name] for p in by]
+    second = [after[p.name] for p in by]
+    if len(by) == 4:
+        v1, w1, v2, w2 = torch.stack(first[:3], dim=1), first[3][:, None], torch.stack(second[:3], dim=1), second[3][:, None]
+        turn = torch.cat([w1 * v2 - w2 * v1 - torch.linalg.cross(v2, v1), w1 * w2 + (v1 * v2).sum(dim=1, keepdim=True)], dim=1)
+        return torch.where(turn[:, 3:] < 0, -turn, turn)
+    difference = second[0] - first[0]
+    if by[0].kind == "periodic":
+        difference = (difference - by[0].low).remainder(by[0].high - by[0].low) + by[0].low
+    return difference[:, None]
 
 
 def following(sequence: Tensor, frame: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from geomssl.errors import GeomsslError
 from geomssl.heads import regressor
 from geomssl.losses import wide
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded
-from geomssl.objectives.pairs import PairSettings, change, changed, factor, partners
+from geomssl.objectives.pairs import PairSettings, change, changed, factor, factors_of, partners
 from geomssl.transforms import policy
 from geomssl.transforms.base import Parameter
 
@@ -63,10 +63,10 @@ class Predictive(Objective):
         acting = [i for i, acts in enumerate(drawn.active(channels)) if acts]
         _check(config, bool(acting), channels)
         self.register_buffer("acting", torch.tensor(acting, dtype=torch.long), persistent=False)
-        self.factors = (*config.continuous, *config.categories)
+        self.factors = (*factors_of(config.continuous), *config.categories)
         self.views = (ViewSpec("plain", policy("none")), ViewSpec("1", drawn), ViewSpec("2", drawn))
         self.classes: list[int] = []
-        self.changes: tuple[Parameter, ...] = ()
+        self.changes: tuple[tuple[Parameter, ...], ...] = ()
         self._make_heads(encoder)
         if not config.categories:
             self._make_predictor(encoder)
@@ -75,7 +75,7 @@ class Predictive(Objective):
         """Heads that are drawn before the predictor."""
 
     def _make_predictor(self, encoder: Encoder) -> None:
-        outward = len(self.acting) + len(self.config.continuous) + sum(self.classes)
+        outward = len(self.acting) + len(factors_of(self.config.continuous)) + sum(self.classes)
         self.predictor = regressor((encoder.dim, self.config.predictor, outward))
 
     def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:
@@ -99,7 +99,7 @@ class Predictive(Objective):
     def prediction(self, h0: Tensor, h1: Tensor, h2: Tensor, batch: Batch) -> Prediction:
         """The loss of h (N, D) of the joined batch: of the anchor and of both views."""
         predicted = wide(self.predictor(torch.cat([h0 - h1, h0 - h2])))
-        regressed = len(self.acting) + len(self.config.continuous)
+        regressed = len(self.acting) + len(factors_of(self.config.continuous))
         regression = classification = None
         if regressed:
             wanted = torch.cat([standardise(gather(self._continuous(batch, name))) for name in ("1", "2")])
@@ -114,8 +114,8 @@ class Predictive(Objective):
     def _continuous(self, batch: Batch, view: str) -> Tensor:
         """Regression targets (N, M) of this process's rows, before they are standardised."""
         params = batch.views[view].params[:, self.acting]
-        moved = [changed(batch.factors[by.name], batch.views[view].factors[by.name], by) for by in self.changes]
-        return torch.cat([params, *(column[:, None].to(params) for column in moved)], dim=1)
+        moved = [changed(batch.factors, batch.views[view].factors, by).to(params) for by in self.changes]
+        return torch.cat([params, *moved], dim=1)
 
     def _category(self, batch: Batch, k: int) -> Tensor:
         """Which of the k-th category's values each view of the joined batch has, view 1 first; long (2N,)."""

@@ -17,7 +17,7 @@ from geomssl.losses import hinged_deviation, vicreg, wide
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded
 from geomssl.objectives.halves import Halves, HalvesSettings, InvariantProjector, head
 from geomssl.objectives.hypernetwork import Code, HyperNetwork
-from geomssl.objectives.pairs import PairSettings, change, changed, partners
+from geomssl.objectives.pairs import change, changed, factors_of, partners
 from geomssl.objectives.vicreg import named
 from geomssl.transforms import policy
 from geomssl.transforms.base import Parameter, Size, Transform
@@ -48,11 +48,12 @@ class SIE(Objective):
 
     known: ("rotation",), ..., ("rotation", "colour") or all six. single = true draws ONE of the known transformations for
     each step and leaves the others of the policy at their identity. changes: where view 2 is another image of the same
-    object, the factors whose difference the hypernetwork sees as well (objects that turn: policy none, known empty).
+    object, the factors whose difference the hypernetwork sees as well (objects that turn: policy none, known empty);
+    "quaternion" is the turn between two rotations.
     Source: Garrido et al. 2023, and the code of its authors.
     """
 
-    class Config(HalvesSettings, PairSettings):
+    class Config(HalvesSettings):
         name: Literal["sie"] = "sie"
         known: tuple[Known, ...] = Field(tuple(PARTS), description="transformations whose parameters are seen")
         changes: tuple[str, ...] = Field((), description="factors whose change from image to image is seen")
@@ -78,7 +79,7 @@ class SIE(Objective):
                 )
         seen = torch.tensor([i for i in _columns(drawn, wanted) if acting[i]], dtype=torch.long)
         self.register_buffer("seen", seen, persistent=False)
-        self.factors = config.changes
+        self.factors = factors_of(config.changes)
         self.parameters_seen: tuple[Parameter, ...] = tuple(drawn.parameters[i] for i in self.seen.tolist())
         halves = Halves(encoder.dim, config.half)
         self.projector = InvariantProjector(halves, head(config.half, config.projector))
@@ -91,7 +92,7 @@ class SIE(Objective):
         partner = next((found for found in partners(self.config, source)[::-1] if found is not None), None)
         self.views = (self.views[0], self.views[1]._replace(partner=partner))
         self.changes = tuple(change(source, name) for name in self.config.changes)
-        code = Code((*self.parameters_seen, *self.changes), size)
+        code = Code((*self.parameters_seen, *(parameter for by in self.changes for parameter in by)), size)
         self.predictor = HyperNetwork(code, self.config.projector[-1], self.config.hidden)
 
     @property
@@ -119,7 +120,7 @@ class SIE(Objective):
         """What the hypernetwork is told of g, (N, P): known parameters, then changes of factors, in their own units."""
         before, after = batch.factors, batch.views["2"].factors
         params = batch.views["2"].params[:, self.seen]
-        moved = [changed(before[by.name], after[by.name], by)[:, None].to(params) for by in self.changes]
+        moved = [changed(before, after, by).to(params) for by in self.changes]
         return torch.cat([params, *moved], dim=1)
 
 

@@ -8,10 +8,12 @@ from pydantic import Field
 from torch import Tensor
 
 from geomssl.config import Settings
+from geomssl.data.base import Source
 from geomssl.encoders.base import Encoder
 from geomssl.heads import mlp
 from geomssl.losses import Form, VICRegTerms, vicreg
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded, joint
+from geomssl.objectives.pairs import PairSettings, partners
 from geomssl.transforms import policy
 
 
@@ -35,7 +37,7 @@ class VICReg(Objective):
     what the variance term is about.
     """
 
-    class Config(VICRegSettings):
+    class Config(VICRegSettings, PairSettings):
         name: Literal["vicreg"] = "vicreg"
         policy: str = Field("equivariant", description="augmentation policy of both views")
         projector: tuple[int, ...] = Field((512, 192), min_length=1, description="widths of the projector (the expander)")
@@ -46,6 +48,10 @@ class VICReg(Objective):
         self.projector = mlp((encoder.dim, *config.projector), last_norm=False)
         drawn = policy(config.policy)
         self.views = (ViewSpec("1", drawn), ViewSpec("2", drawn))
+
+    def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:
+        pairs = zip(self.views, partners(self.config, source), strict=True)
+        self.views = tuple(view._replace(partner=partner) for view, partner in pairs)
 
     def forward(self, encoder: Encoder, batch: Batch) -> Losses:
         assert self.projector is not None

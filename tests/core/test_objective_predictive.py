@@ -10,10 +10,12 @@ from geomssl.errors import GeomsslError
 from geomssl.learner import make_batch
 from geomssl.losses import info_nce
 from geomssl.objectives.ciper import CIPER
-from geomssl.objectives.pairs import following, others
+from geomssl.objectives.pairs import QUATERNION, change, changed, following, others
 from geomssl.objectives.predictive import Predictive
+from geomssl.objectives.reconstruction import Reconstruction
 from geomssl.objectives.sie import SIE
 from geomssl.objectives.simclr import SimCLR
+from geomssl.objectives.vicreg import VICReg
 from geomssl.transforms.base import Parameter
 
 CPU, N = torch.device("cpu"), 24
@@ -98,6 +100,16 @@ def test_every_other_image_of_an_object_is_drawn_as_often():
     assert set(draw(torch.tensor([1] * 9), torch.Generator()).tolist()) == {5}
 
 
+@pytest.mark.parametrize("kind", [VICReg, Reconstruction])
+def test_the_others_take_pairs_as_well(kind):
+    own = torch.arange(N).flip(0)
+    encoder, objective, batch = made(kind, **OWN)
+    for name in ("1", "2"):
+        assert torch.equal(shown(batch.views[name]) // 4, own // 4)
+        assert (shown(batch.views[name]) != own).all()
+    assert objective(encoder, batch).total.isfinite()
+
+
 def test_the_next_frame():
     sequence, frame = torch.tensor([1.0, 0, 1, 0, 1]), torch.tensor([30.0, 1, 10, 2, 20])
     assert following(sequence, frame).tolist() == [4, 3, 4, 1, 0]
@@ -165,6 +177,28 @@ def test_sie_sees_how_the_factors_of_the_object_change():
         made(SIE, **OWN, known=())
     with pytest.raises(GeomsslError, match="factor 'azimut' of toys; .*did you mean 'azimuth'"):
         made(SIE, **OWN, known=(), changes=("azimut",))
+
+
+def test_the_change_of_a_rotation_is_the_turn_between_the_two():
+    """Against scipy, and the same for both signs of either quaternion."""
+    from scipy.spatial.transform import Rotation
+
+    first, second = torch.randn(2, N, 4)
+    first, second = (q / q.norm(dim=1, keepdim=True) for q in (first, second))
+    before, after = (dict(zip(QUATERNION, q.unbind(dim=1), strict=True)) for q in (first, second))
+    by = change(source(**before), "quaternion")
+    turn = (Rotation.from_quat(second.numpy()) * Rotation.from_quat(first.numpy()).inv()).as_matrix()
+    found = changed(before, after, by)
+    assert (found[:, 3] >= 0).all()
+    torch.testing.assert_close(torch.from_numpy(Rotation.from_quat(found.numpy()).as_matrix()), torch.from_numpy(turn))
+    torch.testing.assert_close(changed(before, {k: -v for k, v in after.items()}, by), found)
+    data = source(**before)
+    _, objective, batch = made(SIE, data, **OWN, known=(), changes=("quaternion",), half=5, projector=(8, 6))
+    assert objective.given(batch).shape == (N, 4)
+    assert torch.equal(objective.predictor.code(torch.tensor([[0.0, 0, 0, 1]])), torch.zeros(1, 4))
+    encoder, objective, batch = made(Predictive, data, **OWN, continuous=("quaternion", "distance"))
+    assert objective.predictor[-1].out_features == 5
+    assert objective(encoder, batch).total.isfinite()
 
 
 @pytest.mark.parametrize(("kind", "config"), [(Predictive, {}), (CIPER, BOTH), (CIPER, OWN | {"categories": ("session",)})])
