@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import traceback
@@ -155,7 +156,12 @@ def side_by_side(units: Sequence[Unit], asked: Asked, jobs: int) -> Iterator[tup
                 ours, theirs = context.Pipe(duplex=False)
                 named = (unit.cell, unit.seed, unit.path, unit.layers)
                 process = context.Process(target=_child, args=(theirs, *named, mine, threads), daemon=True)
-                process.start()
+                # Ctrl-C reaches all processes of a terminal: the children leave it to their parent, which ends them
+                heard = signal.signal(signal.SIGINT, signal.SIG_IGN)
+                try:
+                    process.start()
+                finally:
+                    signal.signal(signal.SIGINT, heard)
                 theirs.close()
                 running[process.sentinel] = (process, ours, unit, slot)
             for ended in connection.wait(list(running)):
@@ -186,11 +192,8 @@ def _child(
 
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    try:
-        unit = Unit(cell, seed, path, build(layers), layers)
-        pipe.send(guarded(lambda: run(unit, asked), unit))
-    except KeyboardInterrupt:
-        os._exit(130)
+    unit = Unit(cell, seed, path, build(layers), layers)
+    pipe.send(guarded(lambda: run(unit, asked), unit))
 
 
 def _follow_parent() -> None:

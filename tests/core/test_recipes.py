@@ -94,7 +94,7 @@ def test_full_size_recipes_are_the_papers(row):
     assert chosen.objective.projector == ((128, 128, 128) if mnist else (512, 2048, 512))
 
 
-@pytest.mark.parametrize("row", ["mnist-rotation-small", "mnist-translation-small", "mnist-cnn6-small", "mnist-mlp-small"])
+@pytest.mark.parametrize("row", ["mnist-rotation-small", "mnist-translation-small", "mnist-scale-small", "mnist-mlp-small"])
 def test_an_encoder_gives_the_fibres_that_its_objective_picks_from(row):
     """One loss of each small recipe, with positives of both kinds, on noise."""
     for positives in ("fibres", "inputs"):
