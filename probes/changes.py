@@ -63,7 +63,7 @@ def encode(params: Tensor, parameters: Sequence[Parameter]) -> tuple[Tensor, lis
             count = int(parameter.high) + 1
             if count > MOST_CATEGORIES:
                 raise GeomsslError(
-                    f"{parameter.name} with {count} values", f"at most {MOST_CATEGORIES}", reason="too-many-elements"
+                    f"{parameter.name} with {count} values", f"at most {MOST_CATEGORIES}", reason="too-wide"
                 )
             kind, found = "category", F.one_hot(given.long(), count).double()
         elif parameter.kind == "periodic":
