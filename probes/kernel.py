@@ -44,7 +44,7 @@ class Options(subject.Options):
 
     n: int | None = Field(1000, description="images to use, each passed about twenty times")
     strengths: tuple[float, ...] = Field((0.25, 0.5, 0.75, 1.0), description="shares of the strength of each part, up to 1")
-    local: int = Field(256, ge=4, description="images at which the local map of a non-linear projector is taken")
+    local: int = Field(128, ge=4, description="images at which the local map of a non-linear projector is taken")
     draws: int = Field(100, ge=20, le=10_000, description="random subspaces of the null")
     tau: float = Field(1e-3, gt=0, lt=1, description="threshold of the rank of the directions, a share of the largest")
     cutoff: float | None = Field(
