@@ -1,4 +1,4 @@
-"""The spectrum of 25,600 features of width 512: ours against one SVD of the whole, and against the Gram matrix it must not be."""
+"""The spectrum of 25,600 features of width 512: ours against one SVD, and against the Gram matrix it must not be."""
 
 from __future__ import annotations
 

@@ -37,10 +37,11 @@ def of_module(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
     if kind in _Affine:
         return (module.bias,)  # type: ignore[return-value]
     if kind in _Norm and module.running_mean is not None:
-        scale = (module.running_var + module.eps).rsqrt()  # type: ignore[operator]
-        scale = scale if module.weight is None else scale * module.weight
-        bias = -module.running_mean * scale  # type: ignore[operator]
-        return (bias if module.bias is None else bias + module.bias,)
+        norm: Any = module
+        scale = (norm.running_var + norm.eps).rsqrt()
+        scale = scale if norm.weight is None else scale * norm.weight
+        bias = -norm.running_mean * scale
+        return (bias if norm.bias is None else bias + norm.bias,)
     return (None,) if kind in _Homogeneous and not getattr(module, "return_indices", False) else None
 
 

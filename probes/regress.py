@@ -303,7 +303,8 @@ def _accuracies(main: Reading, targets: list[Target], train: Pairs) -> list[Tabl
         right, n = int((said == true).sum()), len(true)
         low, high = wilson(right, n)
         often = float((true == seen.mode().values).double().mean())
-        for key, value in zip(rows, (target.name, right / n, low, high, often, n), strict=True):
+        values: tuple[float | int | str, ...] = (target.name, right / n, low, high, often, n)
+        for key, value in zip(rows, values, strict=True):
             rows[key].append(value)
     about = "low and high: Wilson's 95 % interval. majority: always saying the most frequent value of the training pairs."
     return [Table("accuracy", "Accuracy of flips and categories", dict(rows), about)] if rows["n"] else []

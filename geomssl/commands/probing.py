@@ -17,7 +17,9 @@ from geomssl.options import flags, given
 from geomssl.progress import shown
 from geomssl.registry import names, resolve
 
-SKIPPED = {"no-projector", "no-labels", "no-split", "no-forward-mode", "no-group", "no-exact-form", "too-wide", "too-few-images"}
+SKIPPED = {
+    "no-projector", "no-labels", "no-split", "no-forward-mode", "no-group", "no-exact-form", "too-wide", "too-few-images",
+}
 
 
 def measure(name: str, subject: Any, options: Mapping[str, Any], folder: Path | str) -> tuple[Artifact, Path]:

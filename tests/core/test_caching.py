@@ -113,7 +113,8 @@ def test_what_the_proxy_does_not_define_is_the_encoders_own():
 
 
 @pytest.mark.parametrize(
-    "case", ["simclr norms in the head", "hssl fibres", "ciper", "essl", "vicreg", "sie", "reconstruction", "supervised", "frozen"]
+    "case",
+    ["simclr norms in the head", "hssl fibres", "ciper", "essl", "vicreg", "sie", "reconstruction", "supervised", "frozen"],
 )
 def test_half_precision_reaches_the_encoder_and_its_losses_are_float32(case):
     """bf16 keeps 8 bits: gradients agree with float32 to a few per cent, cached and plain, and are not lost in the cast."""
