@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
 from geomssl.probes import attribution, checks, pictures, subject
-from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio
+from geomssl.probes.assurance import METHOD, bootstrap_mean, bootstrap_ratio
 from geomssl.probes.fullgrad import FullGradient, fullgrad
 from geomssl.probes.linear import check_frozen, fit, train_sample
 from geomssl.progress import track
@@ -225,7 +225,7 @@ def _quality_metrics(left: Tensor, blank: Tensor, moved: Tensor, seed: int) -> l
     if n > 1 and float(blank.sum()) > 0:
         low, high = bootstrap_ratio(left[:, None], blank[:, None], seed)
         if bool(torch.isfinite(low + high).all()):
-            interval = Interval(float(low[0]) ** 2, float(high[0]) ** 2, method)
+            interval = Interval(float(low[0]) ** 2, float(high[0]) ** 2, f"{METHOD}, the noise held fixed, 95 %")
     if float(blank.sum()) > 0:
         share = float(left.sum() / blank.sum())
     spread = None

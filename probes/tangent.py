@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.probes import checks, subject
-from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio
+from geomssl.probes.assurance import METHOD, bootstrap_mean, bootstrap_ratio
 from geomssl.probes.explained import (
     DRAWS,
     Explained,
@@ -153,7 +153,7 @@ def _share_metric(found: Explained, first: bool, neighbours: Neighbours, seed: i
     known = math.isfinite(ends[0]) and math.isfinite(ends[1])
     return Metric(
         f"unexplained{'' if first else '_first_layer'}{neighbours.suffix}", found.share, len(found.left),
-        Interval(*ends, f"{RESAMPLED}, weights and negatives held fixed, 95 %") if known else None,
+        Interval(*ends, f"{METHOD}, weights and negatives held fixed, 95 %") if known else None,
         None if known else "a resample may hold no delta-h but zero",
         about=f"share of the variance of delta-h outside the {found.name}, negatives {neighbours.words}",
     )

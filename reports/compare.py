@@ -12,7 +12,10 @@ from geomssl.artifact import Artifact, Figure, Metric, Table
 from geomssl.reports.numbers import number
 
 # The order in which a reader asks; other probes follow in order of appearance.
-ORDER = ("timeline", "equivariance", "linear", "rank", "spectrum", "bound", "tangent", "embed", "saliency")
+ORDER = (
+    "timeline", "sweep", "equivariance", "action", "lie", "consistency", "explain", "equivalence", "linear", "regress", "rank",
+    "spectrum", "bound", "tangent", "local", "kernel", "embed", "saliency",
+)
 KEY_METRICS = 3
 PANELS = 4
 RUN = "run"
