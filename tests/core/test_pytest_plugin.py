@@ -112,7 +112,8 @@ def test_call_over_marker_over_ini(suite):
 
 def test_the_summary_has_a_line_for_every_measurement(suite):
     done, _ = suite
-    lines = done.stdout.split("equivariance errors")[1].splitlines()
+    # pytest's own summary comes after, and tells whole messages where the variable CI is set
+    lines = done.stdout.split("equivariance errors")[1].split("short test summary")[0].splitlines()
     told = [line.split()[:2] for line in lines if "test_net.py::" in line and " c4 " in line]
     assert told == [
         ["pass", "test_net.py::test_exact"], ["pass", "test_net.py::test_twice"], ["pass", "test_net.py::test_twice"],
