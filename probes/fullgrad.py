@@ -152,8 +152,8 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        flows = not self.paused and torch.is_grad_enabled() and any(_flows(v) for v in _leaves((args, kwargs)))
-        if not flows or func.__name__ in ("__get__", "__set__", "register_hook"):
+        moving = not self.paused and torch.is_grad_enabled() and any(known_bias.flows(v) for v in _leaves((args, kwargs)))
+        if not moving or func.__name__ in ("__get__", "__set__", "register_hook"):
             return func(*args, **kwargs)
         if known_bias.of_function(func, list(_leaves((args, kwargs)))):
             return func(*args, **kwargs)
@@ -217,12 +217,12 @@ def _changed(args: tuple[Any, ...], kwargs: dict[str, Any], i: int, value: Any) 
 
 
 def _copied(value: Any) -> Any:
-    return value.clone() if _flows(value) else value
+    return value.clone() if known_bias.flows(value) else value
 
 
 def _dual(value: Any) -> Any:
     """x with itself as its tangent, in memory of its own, where it depends on the image; else as it is."""
-    return forward_ad.make_dual(value.detach().clone(), value.detach().clone()) if _flows(value) else value
+    return forward_ad.make_dual(value.detach().clone(), value.detach().clone()) if known_bias.flows(value) else value
 
 
 def _leaves(value: Any) -> Iterator[Any]:
@@ -245,11 +245,6 @@ def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: _mapped(part, change) for key, part in value.items()}
     return change(value)
-
-
-def _flows(value: Any) -> bool:
-    """Does it depend on the image? With every parameter frozen, a tensor that requires a gradient does."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad
 
 
 def _chosen(output: Tensor, targets: Tensor | None) -> Tensor:

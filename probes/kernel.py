@@ -14,6 +14,7 @@ from geomssl.errors import GeomsslError
 from geomssl.probes import affine, checks, subject
 from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio, interval
 from geomssl.probes.directions import Along, Line, Scaled, gradual, lines, parts
+from geomssl.probes.explained import threshold
 from geomssl.probes.generator_fit import fit_generator
 from geomssl.probes.kernel_tables import (
     HALF,
@@ -27,7 +28,7 @@ from geomssl.probes.kernel_tables import (
     remarks,
     statements,
 )
-from geomssl.probes.local import cutoff_of, exact_copy, local_maps, share_metric
+from geomssl.probes.local import exact_copy, local_maps, share_metric
 from geomssl.probes.passing import Seen, along_across, least_share, let_through, random_shares, seen
 from geomssl.probes.rank import rank
 from geomssl.progress import track
@@ -65,7 +66,7 @@ class _Bench:
 
     def _of(self, h: Tensor) -> Seen:
         maps = local_maps(self.projector, h)
-        self.cutoff = cutoff_of(self.projector, tuple(maps.shape[1:]), self.options.cutoff)
+        self.cutoff = threshold(self.projector, (maps.shape[1], maps.shape[2]), self.options.cutoff)
         return seen(maps, self.cutoff)
 
     def at(self, h: Tensor) -> Seen:

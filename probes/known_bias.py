@@ -31,7 +31,7 @@ def of_module(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) ->
     Only modules of exactly these classes, in eval mode, as they come: a subclass or a parametrisation may do anything.
     A convolution or linear layer: its bias. BatchNorm: beta - mu gamma / sqrt(var + eps).
     """
-    if kwargs or len(args) != 1 or "forward" in module.__dict__ or not _flows(args[0]):
+    if kwargs or len(args) != 1 or "forward" in module.__dict__ or not flows(args[0]):
         return None
     kind = type(module)
     if kind in _Affine:
@@ -49,9 +49,10 @@ def of_function(func: Any, leaves: Sequence[Any]) -> bool:
     """Is it known that this call has no implicit bias? leaves: everything in its arguments."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if func in _UNARY:
-        return len(tensors) == 1 and _flows(tensors[0])
-    return func in _SUMS and len(leaves) == 2 and len(tensors) == 2 and all(map(_flows, tensors))
+        return len(tensors) == 1 and flows(tensors[0])
+    return func in _SUMS and len(leaves) == 2 and len(tensors) == 2 and all(map(flows, tensors))
 
 
-def _flows(value: Any) -> bool:
+def flows(value: Any) -> bool:
+    """Does it depend on the image? With every parameter frozen, a tensor that requires a gradient does."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.requires_grad

@@ -15,6 +15,7 @@ from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
 from geomssl.probes import affine, checks, subject
 from geomssl.probes.assurance import bootstrap_mean, bootstrap_ratio
+from geomssl.probes.explained import threshold
 from geomssl.probes.negatives import nearest_negatives
 from geomssl.probes.regions import expected_regions, new_region_share, patterns, piecewise_affine, regions
 from geomssl.progress import track
@@ -155,7 +156,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             f"singular values at or above {options.tau:g}{' of the largest' if options.relative else ''}. unexplained = "
             "sum_ik min_t ||delta_h_ik - W_i t||^2 / sum_ik ||delta_h_ik||^2, delta_h_ik = h_i(k) - h*_ik, with h*_ik the "
             "nearest negative of z_i(1) among all other images in views 1 and k; singular values of W_i up to "
-            f"{cutoff_of(projector, found.shape, options.cutoff):.1e} of the largest count as zero. A region is a set of h "
+            f"{threshold(projector, found.shape, options.cutoff):.1e} of the largest count as zero. A region is a set of h "
             "with the same signs at every kink of the projector. distance of two maps = sqrt(sum ||W_i - W_j||_F^2 / sum "
             "(||W_i||_F^2 + ||W_j||_F^2) / 2): 0 where equal, sqrt 2 where orthogonal. Float64; eval mode."
         ),
@@ -206,17 +207,11 @@ def _delta_h(h1: Tensor, z1: Tensor, hk: Tensor, zk: Tensor) -> Tensor:
     return checks.matrix(hk, "features h") - torch.cat([h1, hk]).double()[nearest_negatives(z1, zk)]
 
 
-def cutoff_of(projector: nn.Module, shape: tuple[int, ...], asked: float | None) -> float:
-    """What was asked, or max(d, p) eps of the dtype in which the projector's weights are stored: smaller ones are rounding."""
-    stored = next((p.dtype for p in projector.parameters() if p.is_floating_point()), torch.float32)
-    return asked if asked is not None else max(shape) * torch.finfo(stored).eps
-
-
 def _measure(projector: nn.Module, h: Tensor, delta_h: Tensor, options: Options) -> _Local:
     maps = local_maps(projector, h)
     sigma, right = singular_parts(maps)
     m, p, d = maps.shape
-    cutoff = cutoff_of(projector, (p, d), options.cutoff)
+    cutoff = threshold(projector, (p, d), options.cutoff)
     left, total = local_unexplained(sigma, right, delta_h, cutoff)
     near = nearest(h)
     # a random cyclic shift of a random order pairs every image with another one, and never with itself

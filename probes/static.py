@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from geomssl.encoders.geometry import tensors
 from geomssl.probes.filters import asymmetry
 from geomssl.transforms.base import Size
 
@@ -133,7 +134,7 @@ def read(features: Callable[[Tensor], Any], images: Tensor, module: nn.Module) -
         reader = _Reader(images, places, {t.untyped_storage().data_ptr(): name for name, t in held.items()})
         with reader:
             output = features(images)
-    came = reader.family(_tensors(output))
+    came = reader.family(tensors(output))
     return [call for call in reader.calls if call.number in came]
 
 
@@ -169,7 +170,7 @@ class _Reader(Watch):
         self.axes: dict[int, tuple[int, ...]] = {}
 
     def call(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        given = [t for t in _tensors((args, kwargs)) if id(t) in self.known]
+        given = [t for t in tensors((args, kwargs)) if id(t) in self.known]
         if not given:
             return func(*args, **kwargs)
         sizes = [tuple(t.shape[-2:]) for t in given]
@@ -178,7 +179,7 @@ class _Reader(Watch):
         _, source, reach = self.known[id(given[0])]
         made = Call(
             self.number, self.places[-1][0], name, GRIDS.get(name, name), _size(sizes[0]),
-            _size(next(_tensors(output)).shape[-2:]), source=source, reach=reach, operand=found,
+            _size(next(tensors(output)).shape[-2:]), source=source, reach=reach, operand=found,
         )
         if name in GRIDS and given[0].dim() in (3, 4):
             made = self._read_grid(made, given[0], args, kwargs)
@@ -208,14 +209,14 @@ class _Reader(Watch):
         return frozenset[int]().union(*(self.families.get(id(t), frozenset()) for t in tensors))
 
     def other(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        given = [t for t in _tensors((args, kwargs)) if id(t) in self.known]
+        given = [t for t in tensors((args, kwargs)) if id(t) in self.known]
         before = [tuple(t.shape) for t in given]
         output = func(*args, **kwargs)
         if not given:
             return output
         _, source, reach = self.known[id(given[0])]
         unread = None
-        for tensor in _tensors(output):
+        for tensor in tensors(output):
             maps = given[0].dim() >= 4 and tensor.dim() >= 4
             if name in PERMUTING and maps:
                 self.axes[id(tensor)] = _permuted(name, args, kwargs, self.axes.get(id(given[0]), UPRIGHT))
@@ -235,7 +236,7 @@ class _Reader(Watch):
         self, given: list[Tensor], output: Any, source: int | None, reach: tuple[float, float], number: int | None
     ) -> None:
         family = self.family(given) | (frozenset() if number is None else {number})
-        for tensor in _tensors(output):
+        for tensor in tensors(output):
             if id(tensor) not in self.known:
                 self._remember(tensor, source, reach, family)
             if id(given[0]) in self.axes and id(tensor) not in self.axes and tensor.dim() == given[0].dim():
@@ -247,7 +248,7 @@ class _Reader(Watch):
     def _remember(
         self, output: Any, source: int | None, reach: tuple[float, float], family: frozenset[int]
     ) -> None:
-        for tensor in _tensors(output):
+        for tensor in tensors(output):
             self.known[id(tensor)] = (tensor, source, reach)
             self.families[id(tensor)] = family
 
@@ -302,16 +303,6 @@ def _permuted(name: str, args: Any, kwargs: Any, axes: tuple[int, ...]) -> tuple
         order[args[1]], order[args[2]] = order[args[2]], order[args[1]]
         return tuple(order)
     return ()
-
-
-def _tensors(values: Any) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        yield from _tensors(tuple(values.values()))
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors(value)
 
 
 def _size(shape: Any) -> Size:

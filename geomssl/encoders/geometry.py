@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -98,9 +98,9 @@ class Follower(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = [(self.known(t), tuple(t.shape)) for t in _tensors((args, kwargs)) if id(t) in self.tensors]
+        before = [(self.known(t), tuple(t.shape)) for t in tensors((args, kwargs)) if id(t) in self.tensors]
         output = func(*args, **kwargs)
-        for tensor in _tensors(output) if before else ():
+        for tensor in tensors(output) if before else ():
             self.remember(tensor, self.after(func, args, kwargs, before, tensor))
         return output
 
@@ -131,14 +131,15 @@ class Follower(TorchFunctionMode):
         return replace(placed[0], reach=(max(g.reach[0] for g in placed), max(g.reach[1] for g in placed)))
 
 
-def _tensors(values: Any) -> Iterable[Tensor]:
+def tensors(values: Any) -> Iterator[Tensor]:
+    """Every tensor inside nested tuples, lists and dictionaries."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):
-        yield from _tensors(tuple(values.values()))
+        yield from tensors(tuple(values.values()))
     elif isinstance(values, (tuple, list)):
         for value in values:
-            yield from _tensors(value)
+            yield from tensors(value)
 
 
 # Calls that may keep the size of a map and yet move its pixels.

@@ -12,6 +12,7 @@ from torch import Tensor
 from geomssl.config import Settings
 from geomssl.data.base import Source
 from geomssl.errors import GeomsslError, nearest
+from geomssl.objectives.base import ViewSpec
 from geomssl.transforms.base import Parameter
 
 Partner = Callable[[Tensor, torch.Generator], Tensor]
@@ -42,6 +43,11 @@ def partners(config: PairSettings, source: Source | None) -> tuple[Partner | Non
         return None, lambda indices, generator: table[indices]
     draw = others(factor(source, config.object, labels=True))
     return draw, draw
+
+
+def paired(views: tuple[ViewSpec, ...], config: PairSettings, source: Source | None) -> tuple[ViewSpec, ...]:
+    """The two views, each with its partner."""
+    return tuple(view._replace(partner=partner) for view, partner in zip(views, partners(config, source), strict=True))
 
 
 def factor(source: Source | None, name: str, labels: bool = False) -> Tensor:

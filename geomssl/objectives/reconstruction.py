@@ -17,7 +17,7 @@ from geomssl.losses import vicreg, wide
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, joint
 from geomssl.objectives.decoder import Decoder, token_grid, tokens
 from geomssl.objectives.halves import Halves, HalvesSettings, InvariantProjector, head
-from geomssl.objectives.pairs import partners
+from geomssl.objectives.pairs import paired
 from geomssl.objectives.vicreg import named
 from geomssl.transforms import policy
 
@@ -51,8 +51,7 @@ class Reconstruction(Objective):
 
     def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:
         config = self.config
-        pairs = zip(self.views, partners(config, source), strict=True)
-        self.views = tuple(view._replace(partner=partner) for view, partner in pairs)
+        self.views = paired(self.views, config, source)
         orientations, side = token_grid(encoder, self.channels, size)
         self.decoder = Decoder(config.width, config.depth, config.heads, self.channels, size, orientations, side)
 

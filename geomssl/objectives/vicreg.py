@@ -13,7 +13,7 @@ from geomssl.encoders.base import Encoder
 from geomssl.heads import mlp
 from geomssl.losses import Form, VICRegTerms, vicreg
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec, encoded, joint
-from geomssl.objectives.pairs import PairSettings, partners
+from geomssl.objectives.pairs import PairSettings, paired
 from geomssl.transforms import policy
 
 
@@ -50,8 +50,7 @@ class VICReg(Objective):
         self.views = (ViewSpec("1", drawn), ViewSpec("2", drawn))
 
     def complete(self, encoder: Encoder, size: int, source: Source | None) -> None:
-        pairs = zip(self.views, partners(self.config, source), strict=True)
-        self.views = tuple(view._replace(partner=partner) for view, partner in pairs)
+        self.views = paired(self.views, self.config, source)
 
     def forward(self, encoder: Encoder, batch: Batch) -> Losses:
         assert self.projector is not None
