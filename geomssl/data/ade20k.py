@@ -1,32 +1,31 @@
 """`ade20k`: 20,210 + 2,000 photographs of scenes, every pixel named as one of 150 things; the released validation is test here.
 
 Layout: ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_{train,val}_<8 digits>.{jpg,png} and
-sceneCategories.txt. Zhou et al., Scene parsing through ADE20K dataset, CVPR 2017.
+sceneCategories.txt; objectInfo150.txt names the things. Zhou et al., Scene parsing through ADE20K dataset, CVPR 2017.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from geomssl.data.base import Source, Split
-from geomssl.data.images import UNREADABLE
 from geomssl.data.layouts import Layout, Listing, OnDisk, index, lines, listed, need, read
+from geomssl.data.masks import UNNAMED
 from geomssl.errors import GeomsslError
 from geomssl.seeding import generator
 
-THINGS, UNNAMED = 150, -1
+THINGS = 150
 FOLDERS: dict[Split, tuple[str, str]] = {
     "train": ("training", "train"), "val": ("training", "train"), "test": ("validation", "val"),
 }
 
 
 class ADE20K(Layout):
-    """Labels are scene categories; `masks` gives the thing at every pixel. val is a share of the training images."""
+    """Labels are scene categories; the regions of its masks are the 150 things. val is a share of the training images."""
 
     name, inside, images = "ade20k", ("ADEChallengeData2016",), "20,210 + 2,000"
     url = "http://sceneparsing.csail.mit.edu"
@@ -44,13 +43,14 @@ class ADE20K(Layout):
         kinds = sorted(set(scenes.values()))
         known = {name: label for label, name in enumerate(kinds)}
         folder, word = FOLDERS[split]
-        found = Listing(classes=kinds)
+        named = {level: level - 1 for level in range(1, THINGS + 1)}
+        found = Listing(classes=kinds, regions=_things(base), levels={0: UNNAMED, **named})
         for path in listed(base / "images" / folder, f"ADE_{word}_*.jpg", "the images of the release"):
-            need(base / "annotations" / folder / f"{path.stem}.png", "an annotation for every image")
+            mask = need(base / "annotations" / folder / f"{path.stem}.png", "an annotation for every image")
             if path.stem not in scenes:
                 said = f"{path.stem} is not in sceneCategories.txt"
                 raise GeomsslError(said, "the scene of every image", reason="bad-layout")
-            found.add(path, known[scenes[path.stem]], number=int(path.stem.rpartition("_")[2]))
+            found.add(path, known[scenes[path.stem]], mask, number=int(path.stem.rpartition("_")[2]))
         found.parameters = (index("number", found.factors["number"]),)
         if split != "test":
             order = torch.randperm(len(found.paths), generator=generator(config.seed, "ade20k-val")).tolist()
@@ -58,29 +58,13 @@ class ADE20K(Layout):
             found = found.some(sorted(order[:cut] if split == "val" else order[cut:]))
         return read("ade20k", split, found, base, config)
 
-    @staticmethod
-    def masks(config: Config, source: Source, indices: Tensor) -> Tensor:
-        """int64 (n, H, W): 0 to 149 what is at each pixel of those images, -1 where it has no name; cropped as the images are.
 
-        Resized without interpolation: a class has no half. Raises GeomsslError that names an annotation that is not whole.
-        """
-        from PIL import Image
-
-        folder, word = FOLDERS[source.split]
-        base, found = ADE20K.folder(config.root) / "annotations" / folder, []
-        for number in source.factors["number"][indices.cpu()].long().tolist():
-            path = base / f"ADE_{word}_{number:08d}.png"
-            try:
-                with Image.open(path) as opened:
-                    opened.load()
-                    image = opened.convert("L") if opened.mode != "L" else opened.copy()
-            except Exception as error:  # Pillow's plugins raise nearly anything on damaged bytes
-                raise GeomsslError(f"cannot read {path}: {error}", "a whole annotation", reason=UNREADABLE) from None
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            array = np.asarray(image.resize((source.size,) * 2, Image.Resampling.NEAREST, box=box)).astype(np.int64)
-            if array.max() > THINGS:
-                raise GeomsslError(f"{path} with the value {array.max()}", f"0 to {THINGS}", reason="bad-layout")
-            found.append(torch.from_numpy(array - 1))
-        return torch.stack(found)
+def _things(base: Path) -> list[str]:
+    """The names of the 150 things: the last column of the release's objectInfo150.txt, or their numbers where that is absent."""
+    table = base / "objectInfo150.txt"
+    if not table.is_file():
+        return [f"thing {k}" for k in range(1, THINGS + 1)]
+    names = [line.split("\t")[-1].split(",")[0].strip() for line in lines(table, "a line for every thing")[1:]]
+    if len(names) != THINGS:
+        raise GeomsslError(f"{len(names)} things in {table}", f"{THINGS}", reason="bad-layout")
+    return names

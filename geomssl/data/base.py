@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from geomssl.data.masks import MaskFiles
 from geomssl.data.watch import Watch
 from geomssl.errors import GeomsslError
 from geomssl.transforms.base import Parameter
@@ -41,6 +42,8 @@ class Source(ABC):
     fingerprint:  the first 12 hexadecimal digits of the SHA-256 of all pixels, in order: it changes when the images do.
     notes:        sentences that a reader of a result must know (images that were left out).
     watch:        the files it was read from, or None where it is embedded.
+    regions:      names of what `masks` tells apart, () where there are no masks.
+    mask_files:   where the masks lie, for a set on disk that has them.
     """
 
     name: str
@@ -54,6 +57,8 @@ class Source(ABC):
     fingerprint: str
     notes: tuple[str, ...] = ()
     watch: Watch | None = None
+    regions: Sequence[str] = ()
+    mask_files: MaskFiles | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -61,6 +66,15 @@ class Source(ABC):
     @abstractmethod
     def images(self, indices: Tensor) -> Tensor:
         """uint8 (n, C, size, size) on the source's device."""
+
+    def masks(self, indices: Tensor) -> Tensor:
+        """int64 (n, size, size) on the CPU: the region at every pixel of those images, -1 where it has no name.
+
+        Cropped and resized as the images are. Raises GeomsslError (reason "no-masks") where the set has none.
+        """
+        if self.mask_files is None:
+            raise GeomsslError(f"masks of {self.name}, which has none", "a data set with masks, such as views", reason="no-masks")
+        return self.mask_files.read(indices)
 
     def to(self, device: torch.device | str) -> Source:
         """The same source, handing out images on `device`."""
@@ -119,7 +133,8 @@ class Resident(Source):
         labels = None if self.labels is None else self.labels[indices]
         factors = {name: values[indices] for name, values in self.factors.items()}
         found = Resident(self.name, self.split, self.pixels[indices], labels, self.classes, factors, self.watch, self.notes)
-        found.parameters = self.parameters
+        found.parameters, found.regions = self.parameters, self.regions
+        found.mask_files = None if self.mask_files is None else self.mask_files.some(indices)
         return found
 
     def to(self, device: torch.device | str) -> Resident:

@@ -15,6 +15,7 @@ from torch import Tensor
 from geomssl.config import Settings
 from geomssl.data.base import Presence, Resident, Source, Split
 from geomssl.data.images import UNREADABLE, Decoding, Pixels
+from geomssl.data.masks import MaskFiles
 from geomssl.data.places import searched
 from geomssl.data.watch import Watch
 from geomssl.errors import GeomsslError, nearest
@@ -66,16 +67,23 @@ class Layout:
 
 @dataclass
 class Listing:
-    """The files of one split with what is known of each; `parameters` say what the factors are."""
+    """The files of one split with what is known of each; `parameters` say what the factors are.
+
+    masks: a file a picture where the release names its pixels; levels: grey level -> index of `regions`, -1 for no name.
+    """
 
     paths: list[Path] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     factors: dict[str, list[float]] = field(default_factory=dict)
     classes: Sequence[str] = ()
     parameters: tuple[Parameter, ...] = ()
+    masks: list[Path] = field(default_factory=list)
+    regions: Sequence[str] = ()
+    levels: Mapping[int, int] = field(default_factory=dict)
 
-    def add(self, path: Path, label: int, **factors: float) -> None:
+    def add(self, path: Path, label: int, mask: Path | None = None, **factors: float) -> None:
         self.paths.append(path)
+        self.masks += [] if mask is None else [mask]
         self.labels.append(label)
         for name, value in factors.items():
             self.factors.setdefault(name, []).append(float(value))
@@ -86,6 +94,7 @@ class Listing:
         return Listing(
             [self.paths[i] for i in rows], [self.labels[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in self.factors.items()}, self.classes, self.parameters,
+            [self.masks[i] for i in rows] if self.masks else [], self.regions, self.levels,
         )
 
 
@@ -118,7 +127,9 @@ def read(name: str, split: Split, found: Listing, root: Path, config: OnDisk, ch
         watch.check()
         kept, notes = _whole(pixels.unreadable, pixels, config)
         source = Resident(name, split, room[:n], labels[kept], found.classes, _of(factors, kept), watch, notes)
-    source.parameters = found.parameters
+    source.parameters, source.regions = found.parameters, tuple(found.regions)
+    if found.masks:
+        source.mask_files = MaskFiles.of(found.masks, source.size, found.levels).some(kept.nonzero()[:, 0])
     return source
 
 

@@ -64,12 +64,32 @@ def render(parts: Tensor, view: Tensor, background: Tensor, size: int) -> Tensor
     return torch.cat([_render(*chunk, size) for chunk in chunks])
 
 
+@torch.no_grad()
+def owners(parts: Tensor, view: Tensor, size: int) -> Tensor:
+    """int64 (n, size, size): which part the ray through the middle of each pixel meets first, -1 where it meets none.
+
+    Exactly the surfaces that `render` draws, with no share of a pixel: an edge lies between two pixels.
+    """
+    few = max(1, CACHED // size**2)
+    if len(view) > few:
+        return torch.cat([owners(*chunk, size) for chunk in zip(parts.split(few), view.split(few), strict=True)])
+    eye, forward, right, up = camera(view)
+    towards = _rays(forward, right, up, size)
+    nearest = view.new_full((len(view), size**2), math.inf)
+    found = torch.full((len(view), size**2), -1, device=view.device)
+    for k in range(parts.shape[1]):
+        axes, centre = parts[:, k, :3], parts[:, k, 5:8]
+        near, p1, p2 = (eye - centre) / axes, 2 / parts[:, k, 3], 2 / parts[:, k, 4]
+        image, pixel, _, t, _ = _search(near, towards / axes[:, None], p1, p2)
+        depth = torch.full_like(nearest, math.inf).index_put((image, pixel), t)
+        found = torch.where(depth < nearest, k, found)
+        nearest = torch.minimum(nearest, depth)
+    return found.view(-1, size, size)
+
+
 def _render(parts: Tensor, view: Tensor, background: Tensor, size: int) -> Tensor:
     eye, forward, right, up = camera(view)
-    line = ((torch.arange(size, dtype=view.dtype, device=view.device) + 0.5) * 2 / size - 1) * HALF_WIDTH
-    down, across = (grid.reshape(-1) for grid in torch.meshgrid(line, line, indexing="ij"))
-    # (n, pixels, 3), unnormalised: t is the depth along the optical axis
-    towards = forward[:, None] + across[:, None] * right[:, None] - down[:, None] * up[:, None]
+    towards = _rays(forward, right, up, size)
     light = view.new_tensor(LIGHT)
     lit = light_colour(view[:, 3])
     layers = [_layer(parts[:, k], eye, towards, right, up, lit, light, size) for k in range(parts.shape[1])]
@@ -80,6 +100,13 @@ def _render(parts: Tensor, view: Tensor, background: Tensor, size: int) -> Tenso
         through = torch.stack([1 - cover for _, cover, _ in layers]).prod(dim=0)
         picture = shade + through * picture
     return picture.transpose(1, 2).reshape(len(view), 3, size, size)
+
+
+def _rays(forward: Tensor, right: Tensor, up: Tensor, size: int) -> Tensor:
+    """Directions (n, pixels, 3) through the middle of each pixel, unnormalised: t is the depth along the optical axis."""
+    line = ((torch.arange(size, dtype=forward.dtype, device=forward.device) + 0.5) * 2 / size - 1) * HALF_WIDTH
+    down, across = (grid.reshape(-1) for grid in torch.meshgrid(line, line, indexing="ij"))
+    return forward[:, None] + across[:, None] * right[:, None] - down[:, None] * up[:, None]
 
 
 def _in_front(layers: list[tuple[Tensor, Tensor, Tensor]], k: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from geomssl.config import Settings
 from geomssl.data.base import Presence, Resident, Split
-from geomssl.data.raytrace import BACKGROUND, PART, VIEW, WAVES, light_colour, render
+from geomssl.data.raytrace import BACKGROUND, PART, VIEW, WAVES, light_colour, owners, render
 from geomssl.errors import GeomsslError
 from geomssl.seeding import generator
 from geomssl.transforms.base import Parameter
@@ -48,6 +48,7 @@ class Views(Resident):
     ) -> None:
         super().__init__("views", split, pixels, labels, classes, factors)
         self.objects, self.view, self.backgrounds, self.parameters = objects, view, backgrounds, parameters
+        self.regions = ("background", *self.classes)
 
     def draw(self, indices: Tensor, view: Tensor | None = None, size: int | None = None) -> Tensor:
         """Pictures (n, 3, size, size), floats before rounding, of those scenes; from `view` (n, VIEW) where it is given.
@@ -59,6 +60,12 @@ class Views(Resident):
         view = self.view[indices] if view is None else view
         objects, backgrounds = (t[indices].to(view) for t in (self.objects, self.backgrounds))
         return render(objects, view, backgrounds, self.size if size is None else size)
+
+    def masks(self, indices: Tensor) -> Tensor:
+        """The object's class at every pixel whose middle its surface covers, 0 the background: exact, by the ray tracer."""
+        indices = indices.cpu()
+        seen = owners(self.objects[indices].float(), self.view[indices].float(), self.size)
+        return torch.where(seen >= 0, self.need_labels()[indices, None, None] + 1, 0)
 
     def some(self, indices: Tensor) -> Views:
         return Views(

@@ -299,9 +299,10 @@ def test_ade20k_gives_scenes_and_a_name_for_every_pixel(tmp_path):
     assert source.classes == ("bedroom", "street")
     numbers = source.factors["number"].long()
     assert source.labels.tolist() == [0 if n % 2 else 1 for n in numbers.tolist()]
-    masks = ADE20K.masks(config, source, torch.tensor([2, 0]))
+    masks = source.masks(torch.tensor([2, 0]))
     assert masks.shape == (2, 8, 8)
     assert masks[:, 4, 4].tolist() == (numbers[[2, 0]] - 1).tolist()
+    assert len(source.regions) == 150
     assert masks[0, 0, 0] == -1, "the centred crop starts at the third column, whose first pixel has no name"
     assert (masks != 149).all()
     (base / "annotations" / "training" / "ADE_train_00000002.png").unlink()
