@@ -60,6 +60,11 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "tiny-imagenet": ("geomssl.data.tiny_imagenet:TinyImageNet", "110,000 photographs in 200 classes, 64x64, on disk"),
         "imagenet": ("geomssl.data.imagenet:ImageNet", "ILSVRC 2012, 1.3 million photographs in 1,000 classes, on disk"),
         "ade20k": ("geomssl.data.ade20k:ADE20K", "22,210 scenes with a name for every pixel, on disk"),
+        "food101": ("geomssl.data.recognition:Food101", "101,000 photographs of 101 dishes, on disk"),
+        "sun397": ("geomssl.data.recognition:SUN397", "photographs of 397 kinds of scenes, ten partitions, on disk"),
+        "dtd": ("geomssl.data.recognition:DTD", "5,640 textures in 47 classes, ten partitions, on disk"),
+        "pets": ("geomssl.data.recognition:Pets", "7,349 cats and dogs of 37 breeds, with masks, on disk"),
+        "aircraft": ("geomssl.data.recognition:Aircraft", "10,000 aircraft of 100 variants, on disk"),
     },
     "probe": {
         "equivariance": ("geomssl.probes.equivariance", "how far f(T_g x) is from the declared action on f(x)"),
