@@ -60,7 +60,7 @@ class ADE20K(Layout):
 
 
 def _things(base: Path) -> list[str]:
-    """The names of the 150 things: the last column of the release's objectInfo150.txt, or their numbers where that is absent."""
+    """The names of the 150 things: the last column of objectInfo150.txt, or their numbers where that is absent."""
     table = base / "objectInfo150.txt"
     if not table.is_file():
         return [f"thing {k}" for k in range(1, THINGS + 1)]

@@ -73,7 +73,8 @@ class Source(ABC):
         Cropped and resized as the images are. Raises GeomsslError (reason "no-masks") where the set has none.
         """
         if self.mask_files is None:
-            raise GeomsslError(f"masks of {self.name}, which has none", "a data set with masks, such as views", reason="no-masks")
+            given = f"masks of {self.name}, which has none"
+            raise GeomsslError(given, "a data set with masks, such as views", reason="no-masks")
         return self.mask_files.read(indices)
 
     def to(self, device: torch.device | str) -> Source:

@@ -14,7 +14,7 @@ from pydantic import Field
 from geomssl.data.base import Source, Split
 from geomssl.data.layouts import Layout, Listing, OnDisk, lines, need, read
 from geomssl.data.masks import UNNAMED
-from geomssl.data.tiny_imagenet import part_of
+from geomssl.data.tiny_imagenet import labelled, part_of
 from geomssl.errors import GeomsslError
 
 PETS_LEVELS = {1: 0, 2: 1, 3: UNNAMED}
@@ -31,15 +31,6 @@ class Drawn(Photographs):
 
     val: float = Field(0.1, ge=0, lt=1, description="share of each class of the published train that is val")
     seed: int = Field(0, ge=0, description="seed of that share")
-
-
-def _labelled(found: Listing, rows: list[tuple[Path, str]], known: dict[str, int], where: Path) -> Listing:
-    """Add images by (file, class); an error names the first whose class or file is not there."""
-    for path, name in rows:
-        if name not in known:
-            raise GeomsslError(f"class {name!r} in {where}", f"one of the {len(known)} classes of the set", reason="bad-layout")
-        found.add(need(path, "every image that the lists name"), known[name])
-    return found
 
 
 def _whole(name: str, split: Split, found: Listing, base: Path, config: Drawn) -> Source:
@@ -62,7 +53,8 @@ class Food101(Layout):
         classes = sorted(lines(base / "meta" / "classes.txt", "the list of its 101 classes"))
         table = base / "meta" / ("test.txt" if split == "test" else "train.txt")
         named = [(base / "images" / f"{row}.jpg", row.partition("/")[0]) for row in lines(table, "the images of the split")]
-        found = _labelled(Listing(classes=classes), named, {name: k for k, name in enumerate(classes)}, table)
+        found = Listing(classes=classes)
+        labelled(found, named, classes)
         return _whole("food101", split, found, base, config)
 
 
@@ -89,7 +81,8 @@ class SUN397(Layout):
         folder = next((place for place in places if (place / table).is_file()), places[0])
         rows = [line.strip() for line in lines(folder / table, f"a partition of {SUN397.url}, an archive of its own")]
         named = [(base / row.lstrip("/"), _scene(row.rpartition("/")[0])) for row in rows]
-        found = _labelled(Listing(classes=classes), named, {name: k for k, name in enumerate(classes)}, folder / table)
+        found = Listing(classes=classes)
+        labelled(found, named, classes)
         return _whole("sun397", split, found, base, config)
 
 
@@ -121,7 +114,8 @@ class DTD(Layout):
         rows = [line.strip() for line in lines(table, "the images of the split")]
         classes = sorted({row.partition("/")[0] for row in rows})
         named = [(base / "images" / row, row.partition("/")[0]) for row in rows]
-        found = _labelled(Listing(classes=classes), named, {name: k for k, name in enumerate(classes)}, table)
+        found = Listing(classes=classes)
+        labelled(found, named, classes)
         return read("dtd", split, found, base, config)
 
 
@@ -182,5 +176,6 @@ class Aircraft(Layout):
         table = base / f"images_{config.labels}_{split}.txt"
         rows = [line.strip().partition(" ") for line in lines(table, "the images of the split")]
         named = [(base / "images" / f"{image}.jpg", kind) for image, _, kind in rows]
-        found = _labelled(Listing(classes=classes), named, {name: k for k, name in enumerate(classes)}, table)
+        found = Listing(classes=classes)
+        labelled(found, named, classes)
         return read("aircraft", split, found, base, config)

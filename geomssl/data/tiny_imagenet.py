@@ -58,11 +58,12 @@ def words_of(path: Path) -> dict[str, str]:
     return {pair[0]: pair[1].split(",")[0] for pair in pairs if len(pair) == 2}
 
 
-def labelled(found: Listing, pairs: list[tuple[Path, str]], wnids: list[str]) -> None:
-    """Add images by (file, wnid); an error names the first whose class or file is not there."""
-    known = {wnid: label for label, wnid in enumerate(wnids)}
-    for path, wnid in sorted(pairs):
-        if wnid not in known:
-            raise GeomsslError(f"{path.name} of class {wnid!r}", f"one of the {len(wnids)} classes of the training images",
-                               reason="bad-layout")
-        found.add(need(path, "every image that has a label"), known[wnid])
+def labelled(found: Listing, pairs: list[tuple[Path, str]], classes: list[str]) -> None:
+    """Add images by (file, class), sorted by file; an error names the first whose class or file is not there."""
+    known = {name: label for label, name in enumerate(classes)}
+    for path, name in sorted(pairs):
+        if name not in known:
+            raise GeomsslError(
+                f"{path.name} of class {name!r}", f"one of the {len(classes)} classes of the set", reason="bad-layout"
+            )
+        found.add(need(path, "every image that has a label"), known[name])
