@@ -23,6 +23,8 @@ from geomssl.registry import names, resolve
 
 # metrics of the training itself: the last row of a run's history
 TRAIN = "train"
+# an epoch of PROBE.METRIC@EPOCH: the last one of the cell's recipe
+LAST = "last"
 CELL_NAME = re.compile(r"[\w.+=,-]+")
 Figures = dict[str, float | tuple[float, float]]
 
@@ -42,6 +44,7 @@ class Pair(Settings):
     a: str
     b: str
     metric: str
+    against: str | None = Field(None, description="the metric of b, where it is another, such as that of an earlier epoch")
     margin: float | None = Field(None, gt=0, description="differences below it do not matter; in the metric's unit")
 
 
@@ -52,9 +55,10 @@ class Sweep(Settings):
     recipe: str | None = Field(None, description="the recipe of the cells that name none: a path beside this file, or a name")
     seeds: tuple[int, ...] = Field((0, 1, 2), min_length=1, description="seeds of every cell")
     metrics: tuple[str, ...] = Field(
-        ("train.online_val_accuracy",), min_length=1, description="what to collect: train.KEY of metrics.jsonl, or PROBE.METRIC"
+        ("train.online_val_accuracy",), min_length=1, description="what to collect: train.KEY of metrics.jsonl, "
+        "PROBE.METRIC, or PROBE.METRIC@EPOCH of what [probes] of the recipe measured while training",
     )
-    split: Literal["train", "val", "test"] = Field("test", description="what the probes measure")
+    split: Literal["train", "val", "test"] = Field("test", description="what the probes measure after training")
     level: float = Field(0.95, gt=0, lt=1, description="level of intervals; 1 - level is alpha of the comparisons")
     set: dict[str, Any] = Field(default_factory=dict, description="settings laid over every recipe")
     grid: dict[str, Any] = Field(default_factory=dict, description="lists of values: every combination makes a cell")
@@ -70,6 +74,29 @@ class Probe:
     label: str
     name: str
     options: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Named:
+    """A metric by its parts: PROBE (or its label, or "train"), NAME, and an epoch (a number, "last"), or "" after training."""
+
+    label: str
+    name: str
+    when: str = ""
+
+    def epoch(self, recipe: Recipe) -> int:
+        """The epoch of a metric of a moment."""
+        return recipe.epochs if self.when == LAST else int(self.when)
+
+
+def named(metric: str) -> Named:
+    """The parts of PROBE.METRIC[@EPOCH]. Raises GeomsslError for anything else."""
+    label, dot, rest = metric.partition(".")
+    name, at, when = rest.partition("@")
+    if not (dot and name) or (at and (label == TRAIN or not (when == LAST or when.isdecimal()))):
+        expected = f"train.KEY, PROBE.METRIC or PROBE.METRIC@EPOCH (a number or {LAST})"
+        raise GeomsslError(f"metric {metric!r}", expected, reason="bad-value")
+    return Named(label, name, when)
 
 
 @dataclass(frozen=True)
@@ -122,6 +149,8 @@ def plan(path: Path, out: Path, only: Sequence[str] = ()) -> Plan:
         for seed in sweep.seeds:
             own = built.model_copy(update={"seed": seed})
             units.append(Unit(cell.name, seed, out / f"{cell.name}-s{seed}.pt", own, (*layers, {"seed": seed})))
+        for metric in sweep.metrics:
+            _due(metric, built, f"{where}: cell {cell.name}")
         paper[cell.name] = {
             metric: (value[0], value[1]) if isinstance(value, tuple) else (value, None) for metric, value in cell.paper.items()
         }
@@ -136,9 +165,26 @@ def plan(path: Path, out: Path, only: Sequence[str] = ()) -> Plan:
         for name in (pair.a, pair.b):
             if name not in found:
                 raise unknown(f"cell in compare of {where}", name, found)
-        if pair.metric not in sweep.metrics:
-            raise unknown(f"metric in compare of {where}", pair.metric, sweep.metrics)
+        for metric in filter(None, (pair.metric, pair.against)):
+            if metric not in sweep.metrics:
+                raise unknown(f"metric in compare of {where}", metric, sweep.metrics)
     return Plan(sweep, units, [name for name in found if not only or name in only], probes, paper)
+
+
+def _due(metric: str, built: Recipe, where: str) -> None:
+    """Raise GeomsslError unless a recipe's [probes] measure that metric's probe after its epoch, where it names one."""
+    wanted = named(metric)
+    if not wanted.when:
+        return
+    schedule, epoch = built.probes, wanted.epoch(built)
+    if wanted.label not in schedule.run:
+        expected = f"{wanted.label} in probes.run of its recipe, now {list(schedule.run)}"
+    elif epoch > built.epochs or not schedule.due(epoch, built.epochs):
+        looks = [e for e in range(built.epochs + 1) if schedule.due(e, built.epochs)]
+        expected = f"an epoch at which its recipe looks: {', '.join(map(str, looks))}"
+    else:
+        return
+    raise GeomsslError(f"{where}: metric {metric}", expected, reason="bad-value")
 
 
 def _parsed(given: Mapping[str, Any], where: str) -> Sweep:
@@ -215,13 +261,11 @@ def _short(value: Any) -> str:
 def _probes(sweep: Sweep, where: str) -> list[Probe]:
     """The probes that the metrics need, their options checked; every table of options must serve one of them."""
     valid = names("probe")
-    labels = []
-    for metric in sweep.metrics:
-        label, dot, rest = metric.partition(".")
-        if not dot or not rest:
-            raise GeomsslError(f"{where}: metric {metric!r}", "train.KEY or PROBE.METRIC", reason="bad-value")
-        if label != TRAIN and label not in labels:
-            labels.append(label)
+    try:
+        wanted = [named(metric) for metric in sweep.metrics]
+    except GeomsslError as error:
+        raise GeomsslError(f"{where}: {error.given}", error.expected, reason=error.reason) from None
+    labels = list(dict.fromkeys(one.label for one in wanted if one.label != TRAIN and not one.when))
     for label in sweep.probes:
         if label not in labels:
             raise GeomsslError(

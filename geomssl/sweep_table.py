@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import geomssl
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.paired import Comparison, compare, mean
-from geomssl.sweep import Pair, Plan
+from geomssl.sweep import Pair, Plan, named
 
 DEFINITION = (
     "Mean and standard deviation (n - 1) over seeds, with the interval of Student's t: it covers the mean over all seeds of "
@@ -53,7 +53,8 @@ def collect(plan: Plan, outcomes: Outcomes, cell: str, metric: str) -> dict[int,
 
 def compared(plan: Plan, outcomes: Outcomes, pair: Pair) -> tuple[list[int], Comparison] | None:
     """The seeds that both cells have, and the comparison over them; None where there are none."""
-    a, b = (collect(plan, outcomes, cell, pair.metric) for cell in (pair.a, pair.b))
+    a = collect(plan, outcomes, pair.a, pair.metric)
+    b = collect(plan, outcomes, pair.b, pair.against or pair.metric)
     seeds = [seed for seed in a if seed in b]
     if not seeds:
         return None
@@ -90,7 +91,7 @@ def tabulate(plan: Plan, outcomes: Outcomes, name: str, provenance: Mapping[str,
                     unit, next(iter(values.values())).better, about=f"mean over {found.n} seeds",
                 ))
             rows.append(row)
-        table = metric.replace(".", "_")
+        table = _plain(metric)
         tables.append(Table(
             table, f"{metric}, mean and std over seeds", {key: [row[key] for row in rows] for key in rows[0]},
             f"low and high: {level} interval of Student's t over the seeds. n: seeds. paper: the published figure.",
@@ -99,6 +100,9 @@ def tabulate(plan: Plan, outcomes: Outcomes, name: str, provenance: Mapping[str,
             f"{table}_bars", "bar", f"{metric} by cell", f"Bars: {level} interval of Student's t over seeds.", table, "cell",
             "mean", low="low", high="high", x_label="cell", y_label=f"{metric} ({unit})" if unit else metric,
         ))
+    for table, figure in _courses(plan, outcomes, cells):
+        tables.append(table)
+        figures.append(figure)
     pairs = _pairs(plan, outcomes, cells, metrics)
     if pairs:
         tables.append(pairs)
@@ -115,6 +119,42 @@ def tabulate(plan: Plan, outcomes: Outcomes, name: str, provenance: Mapping[str,
     )
 
 
+def _plain(metric: str) -> str:
+    """A metric's name as that of a file."""
+    return metric.replace(".", "_").replace("@", "_at_")
+
+
+def _courses(plan: Plan, outcomes: Outcomes, cells: Sequence[str]) -> Iterator[tuple[Table, Figure]]:
+    """Metrics that were asked for at several epochs: mean and standard deviation over seeds, along training, by cell."""
+    recipes = {unit.cell: unit.recipe for unit in plan.units}
+    moments: dict[str, list[str]] = {}
+    for metric in plan.sweep.metrics:
+        if named(metric).when:
+            moments.setdefault(metric.partition("@")[0], []).append(metric)
+    for base, metrics in moments.items():
+        if len(metrics) < 2:
+            continue
+        columns: dict[str, list[Any]] = {key: [] for key in ("cell", "epoch", "mean", "std", "low", "high", "n")}
+        for cell in cells:
+            # "last" may be an epoch that is named by its number too
+            for epoch, metric in sorted({named(m).epoch(recipes[cell]): m for m in metrics}.items()):
+                values = [v.value for v in collect(plan, outcomes, cell, metric).values()]
+                row: dict[str, Any] = {"cell": cell, "epoch": epoch, "n": len(values)}
+                if values:
+                    found = mean(values, plan.sweep.level)
+                    row |= {"mean": found.value, "std": found.std}
+                    if found.std is not None:
+                        row |= {"low": found.value - found.std, "high": found.value + found.std}
+                for key, column in columns.items():
+                    column.append(row.get(key))
+        name = f"{_plain(base)}_course"
+        title, about = f"{base} over training", "low and high: mean - std and mean + std over the seeds, std with n - 1."
+        caption = "Mean over seeds; bands: one standard deviation. Epoch 0 is the initialisation."
+        yield Table(name, title, columns, about), Figure(
+            name, "line", title, caption, name, "epoch", "mean", "cell", "low", "high", x_label="epoch", y_label=base
+        )
+
+
 def _pairs(plan: Plan, outcomes: Outcomes, cells: Sequence[str], metrics: list[Metric]) -> Table | None:
     """The comparisons as a table; each also becomes a metric."""
     columns: dict[str, list[Any]] = {}
@@ -125,7 +165,7 @@ def _pairs(plan: Plan, outcomes: Outcomes, cells: Sequence[str], metrics: list[M
         found = there[1] if there else None
         d = found.difference if found else None
         row = {
-            "a": pair.a, "b": pair.b, "metric": pair.metric,
+            "a": pair.a, "b": pair.b, "metric": pair.metric, "against": pair.against or pair.metric,
             "difference": d.value if d else None, "std": d.std if d else None, "low": d.low if d else None,
             "high": d.high if d else None, "n": d.n if d else 0, "p": found.p if found else None,
             "margin": pair.margin, "p_lower": found.p_lower if found else None, "p_upper": found.p_upper if found else None,
@@ -138,7 +178,7 @@ def _pairs(plan: Plan, outcomes: Outcomes, cells: Sequence[str], metrics: list[M
             if d.low is not None and d.high is not None:
                 interval = Interval(d.low, d.high, f"Student's t over paired seeds, {plan.sweep.level:.0%}")
             metrics.append(Metric(
-                f"{pair.metric} of {pair.a} - {pair.b}", d.value, d.n, interval,
+                f"{pair.metric} of {pair.a} - {f'{pair.against} of ' if pair.against else ''}{pair.b}", d.value, d.n, interval,
                 None if interval else "one pair has no spread", about=f"paired difference: {row['verdict']}",
             ))
     if not columns:

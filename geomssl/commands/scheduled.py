@@ -16,6 +16,7 @@ from geomssl.errors import GeomsslError
 from geomssl.registry import resolve
 
 if TYPE_CHECKING:
+    from geomssl.recipe import Recipe
     from geomssl.training import Trainer
 
 # what no probe can help: a disk that is full stays full
@@ -54,9 +55,7 @@ class Scheduled:
                 self._measure(trainer, missing)
 
     def _done(self, trainer: Trainer, name: str) -> bool:
-        options = _options(trainer, name).model_dump(mode="json")
-        place = artifact.place(checkpoint.folder(trainer.out), name, options, trainer.step)
-        return (place / "artifact.json").is_file()
+        return (place(trainer.recipe, trainer.out, name, trainer.step) / "artifact.json").is_file()
 
     def _measure(self, trainer: Trainer, names: list[str]) -> None:
         import torch
@@ -67,7 +66,7 @@ class Scheduled:
         for name in names:
             try:
                 with torch.enable_grad():
-                    found = resolve("probe", name).probe(subject, _options(trainer, name))
+                    found = resolve("probe", name).probe(subject, _options(trainer.recipe, name))
                 dataclasses.replace(found, step=trainer.step).save(checkpoint.folder(trainer.out))
             except GeomsslError as error:
                 if error.reason in FATAL:
@@ -78,8 +77,13 @@ class Scheduled:
                     click.echo(f"{name} {where}: left out, the training goes on: {error} [{error.reason}]", err=True)
 
 
-def _options(trainer: Trainer, name: str) -> Any:
-    return parse(resolve("probe", name).Options, trainer.recipe.probes.options.get(name, {}), f"probes.{name}")
+def place(recipe: Recipe, out: Path | str, name: str, step: int) -> Path:
+    """Where the artifact of that scheduled probe lies, of the run `out`, after that step."""
+    return artifact.place(checkpoint.folder(Path(out)), name, _options(recipe, name).model_dump(mode="json"), step)
+
+
+def _options(recipe: Recipe, name: str) -> Any:
+    return parse(resolve("probe", name).Options, recipe.probes.options.get(name, {}), f"probes.{name}")
 
 
 def _subject(trainer: Trainer) -> Any:

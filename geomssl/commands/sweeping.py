@@ -79,7 +79,7 @@ def describe(found: Artifact, where: Path | str) -> str:
     for table in found.tables:
         if table.name == "compare":
             lines += ["", table.title, *(_pair(dict(zip(table.columns, row, strict=True))) for row in _rows(table))]
-        elif table.name != "runs":
+        elif table.name != "runs" and not table.name.endswith("_course"):
             lines += ["", table.title, *_block(table)]
     lines += [f"note: {note}" for note in found.notes]
     return "\n".join([*lines, "", f"artifact: {where}"])
@@ -103,6 +103,8 @@ def _block(table: Table) -> list[str]:
 
 def _pair(row: dict[str, Any]) -> str:
     said = f"  {row['a']} - {row['b']}, {row['metric']}: "
+    if row["against"] != row["metric"]:
+        said = f"  {row['a']} - {row['b']}, {row['metric']} - {row['against']}: "
     if row["difference"] is None:
         return f"{said}no seed that both have: {row['verdict']}"
     said += f"{_spread(row['difference'], row['std'])}, n = {row['n']}"

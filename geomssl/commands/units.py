@@ -19,11 +19,11 @@ import click
 
 from geomssl import artifact, checkpoint, files
 from geomssl.artifact import Artifact
-from geomssl.commands.scheduled import Scheduled
+from geomssl.commands import scheduled
 from geomssl.config import parse
 from geomssl.errors import GeomsslError, unknown
 from geomssl.registry import resolve
-from geomssl.sweep import TRAIN, Probe, State, Unit, look
+from geomssl.sweep import Named, Probe, State, Unit, look, named
 from geomssl.sweep_table import Outcome, Value
 
 
@@ -48,9 +48,9 @@ def run(unit: Unit, asked: Asked) -> Outcome:
             training.start(unit.recipe, unit.path, where) if state.epoch is None
             else training.resume(unit.path, where, unit.layers)
         )
-        scheduled = Scheduled()
-        scheduled.catch_up(trainer)
-        trainer.run(after_epoch=scheduled)
+        looks = scheduled.Scheduled()
+        looks.catch_up(trainer)
+        trainer.run(after_epoch=looks)
         state = look(unit)
     return collect(unit, asked, state, measure=True)
 
@@ -76,8 +76,24 @@ def collect(unit: Unit, asked: Asked, state: State, measure: bool) -> Outcome:
         found[probe.label] = there
     history = state.checkpoint["history"]
     last = history[-1] if history else {}
-    values = {name: value for name in asked.metrics if (value := _value(name, found, last)) is not None}
+    values = {}
+    for metric in asked.metrics:
+        one = named(metric)
+        source = _on_its_way(unit, one, state.checkpoint) if one.when else found.get(one.label)
+        value = _of_history(one.name, last) if source is None else _of_probe(one.name, source)
+        if value is not None:
+            values[metric] = value
     return Outcome(values, None, int(state.epoch or 0))
+
+
+def _on_its_way(unit: Unit, wanted: Named, state: Mapping[str, Any]) -> Artifact:
+    """What a scheduled probe left at that epoch of the training. Raises GeomsslError where it left nothing."""
+    epoch = wanted.epoch(unit.recipe)
+    place = scheduled.place(unit.recipe, unit.path, wanted.label, state["step"] * epoch // state["epoch"])
+    if not (place / "artifact.json").is_file():
+        expected = "what its training measured on its way: another --out, to train it anew"
+        raise GeomsslError(f"{unit.path} without {wanted.label} of epoch {epoch}", expected, reason="no-artifact")
+    return artifact.load(place)
 
 
 def _measured(unit: Unit, probe: Probe, split: str, digest: str) -> Artifact | None:
@@ -102,16 +118,18 @@ def _subject(unit: Unit, asked: Asked) -> Any:
     return subject
 
 
-def _value(name: str, found: dict[str, Artifact], last: dict[str, Any]) -> Value | None:
-    """The value of a metric by its dotted name; None where the probe gives a reason for having none."""
-    label, _, rest = name.partition(".")
-    if label != TRAIN:
-        metric = found[label].metric(rest)
-        return None if metric.value is None else Value(metric.value, metric.unit, metric.better)
+def _of_probe(name: str, found: Artifact) -> Value | None:
+    """A metric of an artifact; None where the probe gives a reason for having none."""
+    metric = found.metric(name)
+    return None if metric.value is None else Value(metric.value, metric.unit, metric.better)
+
+
+def _of_history(name: str, last: Mapping[str, Any]) -> Value:
+    """A figure of the last line of a run's history."""
     numbers = {key: float(value) for key, value in last.items() if isinstance(value, int | float)}
-    if rest not in numbers:
-        raise unknown("metric of train", rest, numbers)
-    return Value(numbers[rest], better="higher" if "accuracy" in rest else None)
+    if name not in numbers:
+        raise unknown("metric of train", name, numbers)
+    return Value(numbers[name], better="higher" if "accuracy" in name else None)
 
 
 def guarded(work: Callable[[], Outcome], unit: Unit) -> Outcome:

@@ -157,7 +157,7 @@ def test_cells_times_grid(tmp_path):
         ("[probes.rank]", "[probes.rnak]", r"\[probes.rnak\] without a metric of it; .*did you mean 'rank'"),
         ("n = 64", "m = 64", "probes.rank: unknown key 'm'"),
         ('"rank.effective_rank_h"]', '"rnk.x"]', "unknown probe .*'rnk'|without a metric"),
-        ('"rank.effective_rank_h"]', '"rank"]', "metric 'rank'; expected train.KEY or PROBE.METRIC"),
+        ('"rank.effective_rank_h"]', '"rank"]', "metric 'rank'; expected train.KEY, PROBE.METRIC or PROBE.METRIC@EPOCH"),
         ("seeds = [0, 1]", "seeds = [1, 1]", r"seeds = \[1, 1\]; expected different numbers"),
         ('name = "b"', 'name = "a"', "two cells named 'a'"),
         ('name = "b"', 'name = "b/c"', "a cell named 'b/c'"),
