@@ -80,6 +80,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "spectrum": ("geomssl.probes.spectrum", "log singular values of the features, on plain images and on views"),
         "equivalence": ("geomssl.probes.equivalence", "A-SSL's and H-SSL's loss and gradients on the same draws"),
         "linear": ("geomssl.probes.linear", "accuracy of a linear classifier and of nearest neighbours"),
+        "transfer": ("geomssl.probes.transfer", "linear accuracy on other data sets, features frozen"),
         "regress": ("geomssl.probes.regress", "is what was done readable from both views: R2 per parameter, beside its null"),
         "embed": ("geomssl.probes.embed", "a PaCMAP map of the features with its trustworthiness"),
         "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual, and other methods by name"),
