@@ -363,6 +363,10 @@ def evaluating(model: Any) -> Iterator[None]:
     try:
         yield
     finally:
+        # Parents first, since train() passes a mode on; by train(), since some modules keep filters in eval mode.
+        for module, mode in modes.items():
+            if module.training != mode:
+                module.train(mode)
         for module, mode in modes.items():
             module.training = mode
 

@@ -38,6 +38,12 @@ def matching(module: nn.Module, patterns: Sequence[str]) -> list[str]:
     return [name for name in layers if name in wanted]
 
 
+def unwrapped(value: Any) -> Any:
+    """The tensor of what a library wraps with its type, as the GeometricTensor of escnn and e2cnn; else the value itself."""
+    inner = None if isinstance(value, Tensor) else getattr(value, "tensor", None)
+    return inner if isinstance(inner, Tensor) else value
+
+
 class Capture:
     """Reads layers of a module while it runs: `output, seen = capture(images)`, seen: layer -> what it gave.
 
@@ -65,6 +71,7 @@ class Capture:
         versions: dict[str, int] = {}
 
         def keep(name: str, value: Any) -> None:
+            value = unwrapped(value)
             if isinstance(value, Tensor):
                 if name in self._copied or value.is_inference():
                     value = value.clone()

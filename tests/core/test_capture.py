@@ -129,6 +129,20 @@ def test_every_form_puts_its_places_last():
     assert torch.equal(read.apart(tokens), extra.flatten(1))
 
 
+def test_a_tensor_that_a_library_wraps_with_its_type_is_read():
+    class Typed:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    class Wrapping(nn.Module):
+        def forward(self, x):
+            return Typed(2 * x)
+
+    net = nn.ModuleDict({"body": Wrapping()})
+    net.forward = lambda x: net["body"](x).tensor
+    assert torch.equal(Capture(net, ["body"]).one(X), 2 * X)
+
+
 @pytest.mark.parametrize(
     ("call", "said"),
     [

@@ -295,6 +295,22 @@ class TestModes:
             assert [m.training for m in model] == [True, False, True]
         assert torch.equal(model[1].running_mean, before)
 
+    def test_what_a_module_keeps_in_eval_mode_only_is_gone_after(self):
+        class Keeping(nn.Conv2d):
+            def train(self, mode=True):
+                if mode and "kept" in self._buffers:
+                    del self.kept
+                elif not mode:
+                    self.register_buffer("kept", self.weight.detach().clone())
+                return super().train(mode)
+
+        model = nn.Sequential(Keeping(1, 3, 1), nn.BatchNorm2d(3), Keeping(3, 3, 1)).double()
+        model[2].eval()
+        before = set(model.state_dict())
+        equivariance_error(model, images(), SHIFT, others(SHIFT, (8, 8))[:3], "spatial")
+        assert set(model.state_dict()) == before
+        assert [m.training for m in model] == [True, True, False]
+
     def test_no_gradient_is_kept(self):
         model = conv()
         equivariance_error(model, images(), C4, others(C4), "spatial")
