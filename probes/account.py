@@ -16,6 +16,7 @@ from geomssl.probes.defect import CHANCE, EquivarianceError
 from geomssl.probes.elements import doing
 from geomssl.probes.inputs import Inputs
 from geomssl.probes.layers import Layer
+from geomssl.sums import FILE, Sums, pack
 from geomssl.transforms.actions import Action
 from geomssl.transforms.base import Transform
 
@@ -26,7 +27,10 @@ SMALL_ACTION = 0.05
 
 @dataclass(frozen=True)
 class Account:
-    """Everything that was measured, and how: one entry of layers, actions and found for each layer."""
+    """Everything that was measured, and how: one entry of layers, actions and found for each layer.
+
+    rows: the digest of what the sums are of, see geomssl.sums.  unmixed: layers whose tokens have not met the image.
+    """
 
     transform: Transform
     params: Tensor
@@ -42,6 +46,8 @@ class Account:
     remarks: list[str]
     sweep: Table | None
     dtype: torch.dtype
+    rows: str
+    unmixed: Sequence[Layer] = ()
 
     def flat(self, key: str) -> Tensor:
         """A figure of every layer and element, layer by layer; key may be dotted ("bounds.high")."""
@@ -64,6 +70,7 @@ def account(told: Account, options: dict[str, Any], provenance: dict[str, Any]) 
     shapes = "; ".join(f"{layer.name} of shape {layer.shape}" for layer in told.layers[:3])
     shapes += f"; and {len(told.layers) - 3} more" if len(told.layers) > 3 else ""
     tables = [_elements(told), _layers(told), _parameters(told)]
+    tables += [_unmixed(told)] if told.unmixed else []
     figures = [_by_element(told)] if len(told.layers) <= 8 else []
     if len(told.layers) > 1:
         figures.append(
@@ -84,6 +91,7 @@ def account(told: Account, options: dict[str, Any], provenance: dict[str, Any]) 
                 x_label="bandwidth (cycles per pixel)", y_label="total error",
             )
         )
+    kept = pack(_sums(told))
     return Artifact(
         probe="equivariance",
         title=f"Equivariance under {told.transform.name}",
@@ -102,7 +110,14 @@ def account(told: Account, options: dict[str, Any], provenance: dict[str, Any]) 
         notes=[*told.why, *_notes(told)],
         options=options,
         provenance=provenance,
+        files={} if kept is None else {FILE: kept},
     )
+
+
+def _sums(told: Account) -> Sums:
+    """Image by image, a column for every row of the table of elements; what a paired comparison needs."""
+    above, below = (torch.cat([getattr(f, key) for f in told.found], dim=1) for key in ("numerators", "denominators"))
+    return Sums(above, below, told.rows, told.found[0].units.lstrip("0123456789 "))
 
 
 def _elements(told: Account) -> Table:
@@ -152,6 +167,14 @@ def _layers(told: Account) -> Table:
         },
         "Worst element, largest bounds, and the least share of feature pixels that is judged. field: side of the receptive "
         "field in pixels; empty where a feature sees the whole image or it is not known.",
+    )
+
+
+def _unmixed(told: Account) -> Table:
+    return Table(
+        "unmixed", "Tokens before mixing",
+        {"layer": [layer.name for layer in told.unmixed], "shape": ["x".join(map(str, layer.shape)) for layer in told.unmixed]},
+        "Tokens that have not met the image yet: constant by construction, and judged by nothing.",
     )
 
 
@@ -301,6 +324,11 @@ def _notes(told: Account) -> list[str]:
         notes.append(
             f"The inputs are rendered ({told.inputs.name}): T_g is evaluated, not resampled, so total is the model's defect "
             "up to what Γ itself resamples."
+        )
+    if told.unmixed:
+        notes.append(
+            f"Tokens before mixing: constant by construction, and not judged: {_some([layer.name for layer in told.unmixed])}. "
+            "Class tokens and registers before the first attention have not met the image, so that nothing in them could move."
         )
     degenerate = told.flat("degenerate")
     if bool(degenerate.any()):

@@ -23,10 +23,11 @@ from geomssl.probes.defect import CHANCE, Bounds, DefectBounds, EquivarianceErro
 from geomssl.probes.elements import elements, label, labels, spoken
 from geomssl.probes.fitted import FittedAction, fit_action
 from geomssl.probes.inputs import BANDWIDTHS, SPECTRUM, Inputs, like, natural, pictures, rendered
-from geomssl.probes.judge import DEGENERATE, REFERENCES, Settings, croppable, judge
+from geomssl.probes.judge import DEGENERATE, REFERENCES, Settings, croppable, judge, unmixed
 from geomssl.probes.layers import Reader, declare, read, single
 from geomssl.registry import load_attribute
 from geomssl.seeding import generator
+from geomssl.sums import key
 from geomssl.transforms.actions import Action, ActionFunction
 from geomssl.transforms.base import Transform
 from geomssl.transforms.groups import Translations
@@ -319,13 +320,19 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             swept = _sweep(
                 subject, options, ready.reader, ready.transform, ready.params, ready.actions, ready.settings
             )
-    layers, inputs = ready.reader.layers, ready.inputs
+        inputs = ready.inputs
+        apart = unmixed(ready.reader, inputs.of(slice(0, 1)), found)
+    judged = [index for index, no in enumerate(apart) if not no]
+    layers, actions = [ready.reader.layers[i] for i in judged], [ready.actions[i] for i in judged]
+    rows = torch.arange(inputs.n) if ready.indices is None else ready.indices
     told = Account(
-        ready.transform, ready.params.cpu(), labels(ready.transform, ready.params), layers, ready.actions, ready.reasons,
-        found, inputs, options.boundary, options.level, options.share, [*ready.remarks, *unknown], swept, subject.dtype,
+        ready.transform, ready.params.cpu(), labels(ready.transform, ready.params), layers, actions, ready.reasons,
+        [found[i] for i in judged], inputs, options.boundary, options.level, options.share, [*ready.remarks, *unknown], swept,
+        subject.dtype, key(rows, len(found[0].numerators)),
+        [layer for layer, no in zip(ready.reader.layers, apart, strict=True) if no],
     )
     provenance = {
-        **subject.provenance, "action": ", ".join(dict.fromkeys(act.name for act in ready.actions)),
+        **subject.provenance, "action": ", ".join(dict.fromkeys(act.name for act in actions)),
         "transform": options.transform, "images": inputs.name, "n": inputs.n, "layers": [layer.name for layer in layers],
     }
     if ready.indices is None:

@@ -154,3 +154,29 @@ def croppable(
 
     remark = f"{len(left)} layers were left out, of which --boundary crop leaves nothing: {some}."
     return Reader(features, [reader.layers[i] for i in kept]), [actions[i] for i in kept], [remark]
+
+
+@torch.no_grad()
+def unmixed(reader: Reader, image: Tensor, found: Sequence[EquivarianceError]) -> list[bool]:
+    """Which layers are tokens that have not met the image: class tokens and registers before the first attention.
+
+    They are constant by construction, which is no defect and no merit. Three facts, all needed: they stand before the patches
+    (`Layer.apart`) and are degenerate at every element; an image of NaN leaves them finite, while it reaches the patches of
+    the same layer (0 NaN = NaN, so weights of zero do not hide a path); and those patches, which stay to be judged, are not
+    degenerate. A network that ignores its images fails the second and the third.
+    """
+    doubtful = [layer.apart and bool(one.degenerate.all()) for layer, one in zip(reader.layers, found, strict=True)]
+    if not any(doubtful):
+        return doubtful
+    try:
+        values = reader.features(torch.full_like(image, torch.nan))
+    except Exception:  # a model may refuse such images in any way: then nothing is known, and what is degenerate stays so
+        return [False] * len(doubtful)
+    patches = {
+        layer.source: bool(f.isnan().any()) and not bool(one.degenerate.any())
+        for layer, f, one in zip(reader.layers, values, found, strict=True) if not layer.apart
+    }
+    return [
+        here and bool(f.isfinite().all()) and patches.get(layer.source, False)
+        for here, layer, f in zip(doubtful, reader.layers, values, strict=True)
+    ]

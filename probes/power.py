@@ -21,7 +21,7 @@ from torch import Tensor
 
 from geomssl.artifact import Table
 from geomssl.errors import GeomsslError
-from geomssl.probes import equivariance
+from geomssl.probes import equivariance, judge
 from geomssl.probes.assurance import bootstrap_ratio
 from geomssl.probes.defect import CHANCE, EquivarianceError, evaluating, simultaneous
 from geomssl.probes.layers import Reader
@@ -229,16 +229,19 @@ def measure(
         wander = stray(plain.features, ready.inputs.of(slice(0, POOL)), options.seed)
 
         own = ready.run(resamples=500)[0]
+        # What the gate does not judge gets no defect either.
+        left_out = judge.unmixed(plain, ready.inputs.of(slice(0, 1)), own)
 
         def run(eps: float) -> list[EquivarianceError]:
             def features(images: Tensor) -> list[Tensor]:
                 return [f + eps * added for f, added in zip(plain.features(images), wander(images), strict=True)]
 
             # Of these only the sums count, so their intervals may be cheap.
-            return ready.run(Reader(features, plain.layers), level=0.5, resamples=100, references=0)[0] if eps else own
+            found = ready.run(Reader(features, plain.layers), level=0.5, resamples=100, references=0)[0] if eps else own
+            return [one for one, no in zip(found, left_out, strict=True) if not no]
 
         injected = inject(run)
-        widen = torch.cat([one.resampling for one in own])
+        widen = torch.cat([one.resampling for one, no in zip(own, left_out, strict=True) if not no])
     units = len(injected.numerators[0])
     scaled = [replace(look, images=max(2, round(look.images * units / ready.inputs.n))) for look in looks]
     some = trials or max(FEWEST, min(TRIALS, FIGURES // len(widen)))

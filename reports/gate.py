@@ -13,7 +13,7 @@ from typing import Any
 
 from geomssl.artifact import Artifact, Interval, Metric
 from geomssl.errors import GeomsslError, nearest
-from geomssl.reports import baseline, elements
+from geomssl.reports import baseline, elements, pairing
 from geomssl.reports.numbers import bounds, number
 from geomssl.reports.rules import CHANCE, Rule, Rules, read_rules
 from geomssl.reports.verdict import (
@@ -138,7 +138,8 @@ def _elements(rule: Rule, artifact: Artifact, baselines: Sequence[Artifact]) -> 
         differing = [*differing, pairs]
     if rule.limit is None and any(r.degenerate for r in rows):
         said.append(elements.judge(rows, CHANCE))
-    return _verdict(rule, artifact, said + _compared(rule, before, differing, pairs), before.run)
+    together = "" if differing else pairing.pair(artifact, before)
+    return _verdict(rule, artifact, said + _compared(rule, before, differing, pairs, together), before.run)
 
 
 def _figure(rule: Rule, artifact: Artifact, baselines: Sequence[Artifact]) -> Verdict:
@@ -183,12 +184,13 @@ def _figure(rule: Rule, artifact: Artifact, baselines: Sequence[Artifact]) -> Ve
 
 
 def _compared(
-    rule: Rule, before: Artifact, differing: Sequence[str], pairs: Sequence[baseline.Pair] | str
+    rule: Rule, before: Artifact, differing: Sequence[str], pairs: Sequence[baseline.Pair] | str,
+    together: pairing.Together | str = "",
 ) -> list[Judgement]:
     if differing or isinstance(pairs, str):
         why = f"The baseline ({before.run}) was not measured in the same way: {'; '.join(differing)}."
         return [Judgement("inconclusive", "baseline-differs", [why, "Measure the baseline again as this was."])]
-    return baseline.judge(rule, pairs, before.run)
+    return baseline.judge(rule, pairs, before.run, together)
 
 
 def _side(rule: Rule, interval: Interval) -> tuple[Outcome, Reason]:

@@ -104,7 +104,7 @@ def test_the_draws_do_not_depend_on_the_columns_beside_them_nor_on_later_resampl
 
 
 def test_many_blocks_are_used_and_differ(monkeypatch):
-    monkeypatch.setattr("geomssl.probes.assurance.ROWS", 7)
+    monkeypatch.setattr("geomssl.bootstrap.ROWS", 7)
     values = torch.rand(30, 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     sums = resampled_sums(values, seed=5, resamples=40)
     assert sums.shape == (40, 1)

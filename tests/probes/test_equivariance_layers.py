@@ -10,6 +10,7 @@ from geomssl.encoders import GroupConv2d, wrap
 from geomssl.errors import GeomsslError
 from geomssl.probes.equivariance import Options, equivariance_error, equivariance_errors, probe
 from geomssl.probes.subject import Subject
+from geomssl.reports.gate import Rule, Rules, evaluate
 from geomssl.transforms import CyclicRotations, Translate, Translations
 
 C4, SHIFT = CyclicRotations(4), Translations()
@@ -147,17 +148,47 @@ class TestTokens:
             assert float(found[name].total[:2].max()) < most
             assert float(found[name].total[2]) > 0.01
 
-    def test_a_class_token_that_has_seen_no_patch_is_degenerate_and_leaves_the_bound_of_the_others(self):
+    def block(self, net, layer="block*"):
+        """Artifact of the block's layers under shifts by whole patches, and what a gate says of it."""
         data = Resident("noise", "test", (images(size=16) * 255).to(torch.uint8), None)
-        found = probe(
-            Subject(wrap(TinyViT(), in_channels=1), data), Options(layer="block*", transform="translations", draws=2, step=4)
-        )
-        table = found.table("elements").columns
-        early = [name == "block.norm1[prefix]" for name in table["layer"]]
-        assert sum(early) == 2
-        assert [bad for bad, is_early in zip(table["degenerate"], early, strict=True) if is_early] == [True] * 2
-        assert found.metric("defect").value == max(v for v in table["bound_high"] if v is not None)
-        assert any("Degenerate at" in note and "block.norm1[prefix]" in note for note in found.notes)
+        options = Options(layer=layer, transform="translations", draws=2, step=4)
+        found = probe(Subject(wrap(net, in_channels=1), data, dtype=torch.float64), options)
+        return found, evaluate([found], Rules(rule=(Rule(name="all", probe="equivariance", limit=0.01),)))[0]
+
+    def test_a_class_token_that_has_seen_no_patch_is_told_apart_and_a_gate_over_all_layers_can_pass(self):
+        for layer in ("block*", "all"):
+            found, verdict = self.block(TinyViT(), layer)
+            judged = set(found.table("elements").columns["layer"])
+            assert found.table("unmixed").columns == {"layer": ["block.norm1[prefix]"], "shape": ["16"]}
+            assert judged >= {"block", "block[prefix]", "block.norm1", "block.norm2[prefix]"}
+            assert "block.norm1[prefix]" not in judged
+            assert not any(found.table("elements").columns["degenerate"])
+            assert any("constant by construction" in note and "block.norm1[prefix]" in note for note in found.notes)
+            assert verdict.verdict == "pass"
+
+    def test_tokens_that_are_constant_by_their_weights_are_no_such_tokens_and_never_pass(self):
+        """Attention that gives nothing leaves the class token as it was; but a path is there, and no weight hides it."""
+        net = TinyViT()
+        for part in (net.block.self_attn.out_proj.weight, net.block.self_attn.out_proj.bias):
+            nn.init.zeros_(part)
+        found, verdict = self.block(net)
+        assert found.table("unmixed").columns["layer"] == ["block.norm1[prefix]"]
+        rows = found.table("elements").columns
+        bad = {layer for layer, flat in zip(rows["layer"], rows["degenerate"], strict=True) if flat}
+        assert {"block[prefix]", "block.norm2[prefix]"} <= bad
+        assert (verdict.verdict, verdict.reason) == ("inconclusive", "degenerate")
+
+    @pytest.mark.parametrize("ruin", ["patches", "cleaned", "refused"])
+    def test_nothing_is_set_apart_where_the_patches_are_constant_or_nothing_is_known(self, ruin):
+        class Ruined(TinyViT):
+            def forward(self, x):
+                if ruin == "refused" and not bool(x.isfinite().all()):
+                    raise ValueError("finite images only")
+                return super().forward({"patches": 0 * x, "cleaned": x.nan_to_num(), "refused": x}[ruin])
+
+        found, verdict = self.block(Ruined())
+        assert "unmixed" not in [t.name for t in found.tables]
+        assert (verdict.verdict, verdict.reason) == ("inconclusive", "degenerate")
 
     def test_with_position_embedding_they_do_not(self):
         found = equivariance_errors(
