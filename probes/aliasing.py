@@ -13,8 +13,8 @@ from torch import Tensor
 from geomssl.probes.assurance import bootstrap_ratio
 from geomssl.probes.static import GRIDS, NONLINEAR, Call, Pair, Watch, named_arguments, pair
 
-# The most channels that are looked at in one map, evenly spaced, and the largest pool or patch that is run at stride 1.
-CHANNELS, LARGEST = 32, 16
+# The most channels that are looked at in one map, evenly spaced.
+CHANNELS = 32
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def meter(features: Callable[[Tensor], Any], batches: Sequence[Tensor], calls: S
     Before a stride: the same call is run at stride 1 and measured against the grid that it keeps; an adaptive pool counts
     as an average over its ratio, rounded up. After a nonlinearity: its input is interpolated to a grid twice as fine, the
     nonlinearity is run there, and what lies above the map's own Nyquist is what it would fold back. The wrap of that
-    interpolation meets the edges, where the window is nearly zero. At most 32 channels of a map. Strides above 16 are left out.
+    interpolation meets the edges, where the window is nearly zero. At most 32 channels of a map.
     """
     wanted = {c.number: c for c in calls if (c.name in GRIDS and max(c.down) > 1) or c.name in NONLINEAR}
     found: dict[int, list[Aliasing]] = {}
@@ -120,7 +120,7 @@ class _Meter(Watch):
             if name in NONLINEAR:
                 inner = _few(args[0].flatten(1, -3))
                 self.found[self.number] = spectrum_above(_bend(func, finer(inner), args, kwargs), (2, 2))
-            elif max(made.down) <= LARGEST:
+            else:
                 whole = at_stride_one(name, func, args, kwargs, CHANNELS)
                 if whole is not None:
                     self.found[self.number] = spectrum_above(_few(whole), made.down)

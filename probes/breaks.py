@@ -161,7 +161,8 @@ def exact(calls: Sequence[Call], move: Move, amount: Pair = (0, 0)) -> bool:
         return True
     return all(
         a % (r * s) == 0
-        for call in calls if call.grid and not call.whole for a, r, s in zip(amount, call.reach, call.down, strict=True)
+        for call in calls if call.grid and not call.whole and call.size_in != (1, 1)
+        for a, r, s in zip(amount, call.reach, call.down, strict=True)
     )
 
 
@@ -177,7 +178,7 @@ def sizes(calls: Sequence[Call], move: Move, upto: Call | None = None) -> tuple[
     if not asked:
         return "every size", None
     start = _image_size(calls)
-    period = math.lcm(*(max(1, round(r * s)) for call in asked for r, s in zip(call.reach, call.down, strict=True)))
+    period = math.lcm(*(max(1, round(r * s)) for call in asked for r, s in zip(call.reach, _steps(call), strict=True)))
     if period > LONGEST or start is None or any(call.what == "unread" for call in calls):
         return "not worked out", None
 
@@ -201,6 +202,11 @@ def sizes(calls: Sequence[Call], move: Move, upto: Call | None = None) -> tuple[
     return f"H ≡ {said} mod {modulus}", near
 
 
+def _steps(call: Call) -> Pair:
+    """Strides as they are at another size, where a pool over the whole map may be none."""
+    return call.down if call.adaptive else call.stride if "pool" in call.name else call.down
+
+
 def _before(call: Call, by_number: dict[int, Call]) -> list[Call]:
     """The grid calls through which the image came to this one's output."""
     source = call.source
@@ -219,7 +225,7 @@ def _sized(call: Call, by_number: dict[int, Call], known: dict[int | None, int])
     n = known[call.source]
     k, s, d, p, q = (v[1] for v in (call.kernel, call.stride, call.dilation, call.before, call.after))
     before, after = call.size_in[1], call.size_out[1]
-    if call.whole:
+    if call.adaptive and call.whole:
         return n, 1
     if call.adaptive:
         ratio = max(1, round(before / after))
@@ -237,7 +243,7 @@ def _fits(call: Call, found: Size, move: Move) -> bool:
     n, m = found
     if move != "shift":
         return aligned(call, 1, n, m)
-    if call.whole or call.name in ("interpolate", "conv_transpose2d"):
+    if (call.adaptive and call.whole) or call.name in ("interpolate", "conv_transpose2d"):
         return True
     return n % m == 0 if call.adaptive else m * call.stride[1] == n or call.stride[1] == 1
 

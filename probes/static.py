@@ -42,6 +42,7 @@ PERMUTING = {"permute", "transpose", "swapaxes", "movedim"}
 # Those that may also cut a map into pieces.
 CUTTING = {"view", "reshape"}
 UPRIGHT = (0, 1, 2, 3)
+CHANNELS_LAST = (0, 2, 3, 1)
 WATCHED = {*GRIDS, *NONLINEAR, *MIXING, "pad", "linear"}
 
 
@@ -89,7 +90,8 @@ class Call:
     @property
     def whole(self) -> bool:
         """A pool over the whole map: places are gone after it."""
-        return self.adaptive and self.size_out == (1, 1)
+        by_window = "pool" in self.name and self.kernel == self.size_in and max(*self.before, *self.after) == 0
+        return (self.adaptive or by_window) and self.size_out == (1, 1)
 
     @property
     def down(self) -> Pair:
@@ -173,6 +175,8 @@ class _Reader(Watch):
         given = [t for t in tensors((args, kwargs)) if id(t) in self.known]
         if not given:
             return func(*args, **kwargs)
+        if name in MIXING:
+            given = _widest_first(given)
         sizes = [tuple(t.shape[-2:]) for t in given]
         found = self._position(name, args) if name in MIXING else None
         output = func(*args, **kwargs)
@@ -209,7 +213,7 @@ class _Reader(Watch):
         return frozenset[int]().union(*(self.families.get(id(t), frozenset()) for t in tensors))
 
     def other(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        given = [t for t in tensors((args, kwargs)) if id(t) in self.known]
+        given = _widest_first([t for t in tensors((args, kwargs)) if id(t) in self.known])
         before = [tuple(t.shape) for t in given]
         output = func(*args, **kwargs)
         if not given:
@@ -271,18 +275,27 @@ class _Reader(Watch):
         operands = _operands(name, args)
         inside = [t for t in operands if isinstance(t, Tensor) and id(t) in self.known]
         for number, operand in enumerate(operands):
-            if isinstance(operand, Tensor) and id(operand) not in self.known and inside and _marks(operand, inside[0], name):
-                return number
+            if isinstance(operand, Tensor) and id(operand) not in self.known and inside:
+                axes = self.axes.get(id(inside[0]), UPRIGHT)
+                if _marks(operand, inside[0], name, axes):
+                    return number
         return None
+
+
+def _widest_first(given: list[Tensor]) -> list[Tensor]:
+    """The map before what is spread over it, such as the weights of its channels: it is the map that goes on."""
+    return sorted(given, key=lambda t: -t.shape[-1] * t.shape[-2] if t.dim() >= 4 else 0)
 
 
 def _operands(name: str, args: Any) -> list[Any]:
     return list(args[0]) if name.startswith(("cat", "conc")) else list(args[:2])
 
 
-def _marks(operand: Tensor, beside: Tensor, name: str) -> bool:
+def _marks(operand: Tensor, beside: Tensor, name: str, axes: tuple[int, ...]) -> bool:
     """Does it differ from place to place? Tokens before a square grid of them (a class token) are no places."""
     values = operand.detach()
+    if axes == CHANNELS_LAST:
+        values = values.movedim(-1, -3) if values.dim() >= 3 else values.reshape(-1, 1, 1)
     if beside.dim() >= 4 and values.dim() >= 2:
         return bool((values - values[..., :1, :1]).abs().amax() > 0) if values.shape[-1] * values.shape[-2] > 1 else False
     if beside.dim() == 3 and values.dim() >= 2 and values.shape[-2] > 1 and not name.startswith(("cat", "conc")):

@@ -133,8 +133,9 @@ def test_a_transformer_names_its_patches_and_its_positions():
     vit = built("vit-small", size=16, patch=8, width=24, depth=1, heads=2)
     found = probe(subject(vit), Options(transform="translations", resamples=100))
     assert found.table("layers").columns["what"][:2] == ["convolution", "position"]
-    assert "stride 8: at stride 1 it would cost 64 times" in column(found, "not_repaired")["patch_embed.proj"]
-    assert found.table("repairs").columns["cause"] == ["places"]
+    assert dict(zip(found.table("repairs").columns["layer"], found.table("repairs").columns["repair"], strict=True)) == {
+        "patch_embed.proj": "blurred, then at its stride", "pos_embed": "the same at all places (its mean)",
+    }
     assert any("adds what depends on the place" in note for note in found.notes)
 
 

@@ -118,6 +118,18 @@ def test_a_stride_is_metered_on_what_it_would_have_given_at_stride_one():
     assert meter(delta(1), [x], read(delta(1), x, net)) == {}
 
 
+def test_a_stride_of_any_length_is_metered_on_the_map_at_stride_one():
+    # A constant but for a wave along y of two pixels a period: all above the new Nyquist of any stride.
+    images = wave(0.5, 0, 64, 0.0).expand(2, -1, -1, -1)
+    for stride in (2, 20, 32):
+        net = delta(stride)
+        calls = read(net, images, net)
+        assert meter(net, [images], calls)[calls[0].number].share("y") == pytest.approx(1, abs=2e-3)
+    slow = wave(2 / 256, 0, 256).expand(2, -1, -1, -1)
+    net = delta(20)
+    assert meter(net, [slow], read(net, slow, net))[0].share("y") < 1e-3
+
+
 def test_metering_changes_nothing_and_adaptive_and_max_pools_are_seen():
     with seeded(0, "test-alias-net"):
         net = nn.Sequential(

@@ -12,7 +12,7 @@ from geomssl.encoders.group_conv import GroupConv2d
 from geomssl.errors import GeomsslError
 from geomssl.probes.effect import effect, pooled, suspects, total
 from geomssl.probes.equivariance import equivariance_error
-from geomssl.probes.repair import blur, repaired, repairs
+from geomssl.probes.repair import blur, joint, repaired, repairs
 from geomssl.probes.static import read
 from geomssl.seeding import generator, seeded
 from geomssl.transforms import CyclicRotations, Translations
@@ -76,7 +76,7 @@ def test_an_average_instead_of_a_maximum_and_an_even_pooling_are_those_layers():
     torch.testing.assert_close(repaired(net, only(net, x, ("90°",), "at stride 1, then pooled evenly"))(x), twin(x))
 
 
-@pytest.mark.parametrize(("stride", "taps"), [(2, [1, 2, 1]), (3, [1, 4, 6, 4, 1])])
+@pytest.mark.parametrize(("stride", "taps"), [(2, [1, 2, 1]), (3, [1, 2, 3, 2, 1])])
 def test_a_blurred_stride_is_blur_pool(stride, taps):
     x = noise()
     net, dense = net_of(lambda: nn.Conv2d(1, 2, 3, stride, 1)), net_of(lambda: nn.Conv2d(1, 2, 3, 1, 1))
@@ -88,6 +88,82 @@ def test_a_blurred_stride_is_blur_pool(stride, taps):
     torch.testing.assert_close(found, expected)
     assert found.shape == net(x).shape
     assert float((blur(torch.ones(1, 1, 6, 6), (stride, 1), "reflect") - 1).abs().max()) < 1e-6
+
+
+def test_patches_are_read_from_a_blurred_image():
+    x = noise(side=16)
+    net = net_of(lambda: nn.Conv2d(1, 2, 8, 8))
+    found = repaired(net, only(net, x, ("shift",), "blurred, then at its stride"))(x)
+    row = F.conv_transpose1d(torch.ones(1, 1, 8).double(), torch.ones(1, 1, 8).double())[0, 0] / 64
+    wide = F.conv2d(F.pad(x, (7,) * 4, mode="circular"), (row[:, None] * row)[None, None])
+    torch.testing.assert_close(found, net(wide))
+    # The same as every patch of the torus, blurred, of which one in eight is kept: a blur and a convolution commute.
+    every = F.conv2d(F.pad(x, (0, 7, 0, 7), mode="circular"), net[0].weight, net[0].bias)
+    torch.testing.assert_close(found, blur(every, (8, 8), "circular")[..., ::8, ::8])
+
+
+@pytest.mark.parametrize(("stride", "kernel", "side"), [(8, 8, 18), (8, 11, 20), (16, 16, 33)])
+def test_strides_of_any_length_are_repaired_and_quarter_turns_made_exact(stride, kernel, side):
+    net = symmetric(net_of(lambda: nn.Conv2d(1, 2, kernel, stride)))
+    x = noise(20, 1, side)
+    before = measured(net, x, C4, C4.elements()[1:], "spatial")[0]
+    one = only(net, x, ("90°",), "at stride 1, then pooled evenly")
+    assert before > 0.3
+    assert measured(repaired(net, one), x, C4, C4.elements()[1:], "spatial")[0] < 1e-12
+
+
+def test_pieces_of_a_call_at_stride_one_are_the_whole(monkeypatch):
+    x = noise(7)
+    net = net_of(lambda: nn.Conv2d(1, 3, 3, 2, 1))
+    one = only(net, x, ("shift",), "at stride 1, then blurred")
+    whole = repaired(net, one)(x)
+    monkeypatch.setattr("geomssl.probes.repair.HELD", 2 * 3 * 12 * 12)
+    torch.testing.assert_close(repaired(net, one)(x), whole)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Conv2d(1, 2, 4, padding="same"),
+        lambda: nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(1, 2, 3, 2)),
+        lambda: nn.Sequential(nn.ZeroPad2d((1, 2, 1, 2)), nn.AvgPool2d(4, 1)),
+    ],
+)
+def test_padding_that_is_wider_at_one_end_is_made_even(make):
+    net, x = symmetric(net_of(make)), noise(20)
+    one = only(net, x, ("90°",), next(r.what for c in read(net, x, net) for r in repairs(c, ("90°",))[0]))
+    assert "padded alike at both ends, at stride 1, then pooled evenly" in one.what
+    assert measured(net, x, C4, C4.elements()[1:], "spatial")[0] > 0.1
+    assert repaired(net, one)(x).shape == net(x).shape
+    assert measured(repaired(net, one), x, C4, C4.elements()[1:], "spatial")[0] < 1e-12
+
+
+def test_a_padding_and_a_stride_of_one_call_are_repaired_together_as_the_layer_that_one_would_have_built():
+    x = noise()
+    for make, twin in (
+        (lambda: nn.Conv2d(1, 3, 3, 2, 1), lambda: nn.Conv2d(1, 3, 3, 1, 1, padding_mode="circular")),
+        (lambda: nn.MaxPool2d(3, 2, 1), lambda: nn.Sequential(nn.CircularPad2d(1), nn.MaxPool2d(3, 1))),
+    ):
+        net, dense = net_of(make), net_of(twin)
+        for found in (repairs(read(net, x, net)[0], ("shift",))[0], repairs(read(net, x, net)[0], ("shift",))[0][::-1]):
+            kept = [one for one in found if one.what != "average instead of max"]
+            every = joint(kept, "all", "all")
+            torch.testing.assert_close(repaired(net, every)(x), blur(dense(x), (2, 2), "circular")[..., ::2, ::2])
+
+
+def test_three_strides_off_the_grid_hide_each_other_and_together_they_are_the_whole_cause():
+    with seeded(0, "test-repair-three"):
+        net = nn.Sequential(
+            GroupConv2d(1, 3, 3, C4, lifting=True, padding=1),
+            *(m for _ in range(3) for m in (nn.ReLU(), GroupConv2d(3, 3, 3, C4, stride=2, padding=1))),
+        ).double().eval().requires_grad_(False)
+    x = noise(10, 1, 16)
+    chosen, _, _ = suspects(read(net, x, net), ("90°",), {}, 6)
+    assert len(chosen) == 3
+    each = [measured(repaired(net, one), x, C4, C4.elements()[1:], "regular")[0] for one in chosen]
+    assert min(each) > 0.3
+    assert measured(repaired(net, joint(chosen, "all", "all")), x, C4, C4.elements()[1:], "regular")[0] < 1e-12
 
 
 def test_the_module_and_its_passes_are_left_as_they_were():
@@ -176,11 +252,11 @@ def test_a_position_embedding_averaged_over_places_is_that_network():
 @pytest.mark.parametrize(
     ("make", "asked", "said"),
     [
-        (lambda: nn.Conv2d(1, 2, 8, 8), ("shift",), "stride 8: at stride 1 it would cost 64 times as much"),
         (lambda: nn.Conv2d(1, 2, 3, padding=1), ("90°",), "other filters would be other weights"),
         (lambda: nn.Conv2d(1, 2, 3), ("shift",), "no padding to swap"),
         (lambda: nn.AdaptiveAvgPool2d(5), ("shift",), "an average already"),
-        (lambda: nn.AvgPool2d((3, 1), 1, (1, 0)), ("90°",), "is not swapped"),
+        (lambda: nn.AvgPool2d((3, 1), 1, (1, 0)), ("90°",), "not the same along both axes"),
+        (lambda: nn.Upsample(size=(11, 11)), ("90°",), "an enlargement is not repaired"),
     ],
 )
 def test_what_cannot_be_repaired_says_why(make, asked, said):

@@ -121,6 +121,8 @@ def shifts():
         yield lambda k=k, s=s, p=p: nn.Sequential(nn.CircularPad2d(p), nn.AvgPool2d(k, s)), side
     for m, side in itertools.product((1, 4, 5), (11, 12)):
         yield lambda m=m: nn.AdaptiveAvgPool2d(m), side
+    for pool, k, side in ((nn.AvgPool2d, 11, 11), (nn.AvgPool2d, 11, 12), (nn.AvgPool2d, 12, 12), (nn.MaxPool2d, 12, 12)):
+        yield lambda pool=pool, k=k: pool(k), side
     for mode, side in itertools.product(("nearest", "bilinear"), (11, 12)):
         yield lambda mode=mode: nn.Upsample(scale_factor=2, mode=mode), side
     for k in (2, 3):
@@ -257,6 +259,23 @@ def test_channels_last_blocks_are_no_maps_until_they_are_turned_back():
     assert [c.what for c in read(cut, noise(2, 1, 8), net)] == ["unread"]
 
 
+def test_the_scale_of_channels_is_no_place_in_whichever_order_the_axes_are():
+    class Scaled(nn.Module):
+        def __init__(self, shape, last):
+            super().__init__()
+            self.scale, self.last = nn.Parameter(torch.rand(shape, dtype=torch.float64)), last
+
+        def forward(self, x):
+            return (x.permute(0, 2, 3, 1) * self.scale).permute(0, 3, 1, 2) if self.last else x * self.scale
+
+    for shape, last, place in (
+        ((3,), True, False), ((1, 1, 1, 3), True, False), ((8, 1, 3), True, True), ((3, 1, 1), False, False),
+        ((1, 8), False, True), ((1, 8, 8, 1), True, True),
+    ):
+        net = Scaled(shape, last)
+        assert [c.what for c in read(net, noise(2, 3, 8), net)] == ["position"] * place, (shape, last)
+
+
 def test_sizes_are_not_made_up_behind_what_the_reader_does_not_know():
     net = nn.Sequential(nn.PixelUnshuffle(2), nn.Conv2d(4, 1, 3, 2, 1)).double()
     assert sizes(read(net, noise(2, 1, 12), net), "90°") == ("not worked out", None)
@@ -290,6 +309,38 @@ def test_residual_branches_read_their_own_inputs():
     assert {c.layer: c.source for c in calls}["1.short"] == calls[0].number
     assert [c.reach for c in calls] == [(1, 1), (1, 1), (2, 2), (1, 1), (2, 2)]
     assert sizes(calls, "90°") == ("H ≡ 1 mod 4", 17)
+
+
+class Weighed(nn.Module):
+    """Weights of the channels from a pool over the map, times the map; either way round."""
+
+    def __init__(self, first):
+        super().__init__()
+        self.first, self.down, self.weigh = first, nn.Conv2d(2, 2, 3, 2, 1), nn.Conv2d(2, 2, 1)
+        self.after = nn.Conv2d(2, 2, 3, 2, 1)
+
+    def forward(self, x):
+        x = self.down(x)
+        weights = torch.sigmoid(self.weigh(x.mean((2, 3), keepdim=True) + nn.functional.adaptive_avg_pool2d(x, 1)))
+        return self.after(weights * x if self.first else x * weights)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_weights_of_the_channels_leave_the_map_where_it_is(first):
+    net = built([lambda: Weighed(first)])
+    calls = read(net, noise(2, 2, 16), net)
+    assert [(c.size_in, c.reach) for c in calls if c.what == "convolution" and c.layer.endswith("after")] == [((8, 8), (2, 2))]
+    assert sizes(calls, "90°") == ("H ≡ 1 mod 4", 17)
+    assert is_exact(net, noise(2, 2, 17), "90°")
+
+
+def test_a_pool_over_the_whole_map_is_one_at_its_size_only():
+    circular = lambda: nn.Conv2d(1, 2, 3, 1, 1, padding_mode="circular")  # noqa: E731
+    net = built([circular, lambda: nn.AvgPool2d(8), lambda: nn.Conv2d(2, 2, 1)])
+    calls = read(net, noise(2, 1, 8), net)
+    assert exact(calls, "shift", (1, 3))
+    assert sizes(calls, "shift") == ("H ≡ 0 mod 8", 8)
+    assert not exact(read(net, noise(2, 1, 16), net), "shift", (1, 3))
 
 
 def test_only_calls_that_the_features_come_from_are_told():
