@@ -81,6 +81,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "equivalence": ("geomssl.probes.equivalence", "A-SSL's and H-SSL's loss and gradients on the same draws"),
         "linear": ("geomssl.probes.linear", "accuracy of a linear classifier and of nearest neighbours"),
         "transfer": ("geomssl.probes.transfer", "linear accuracy on other data sets, features frozen"),
+        "segment": ("geomssl.probes.segment", "the region of every pixel, read by a small decoder; mIoU and accuracies"),
         "regress": ("geomssl.probes.regress", "is what was done readable from both views: R2 per parameter, beside its null"),
         "embed": ("geomssl.probes.embed", "a PaCMAP map of the features with its trustworthiness"),
         "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual, and other methods by name"),

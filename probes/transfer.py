@@ -79,13 +79,13 @@ def probe(subject: Subject, options: Options) -> Artifact:
             "on frozen, standardised features; fitted on the set's own training split, its regularisation chosen on a fifth of "
             f"that. Images are brought to {size}x{size} pixels and {channels} channel{'s' if channels > 1 else ''}, those of "
             "the data that the encoder is measured on: files are cut to the centred square and resized; other sets are "
-            "resized bilinearly (antialiased), grey is repeated, and colour becomes grey by its luma. Chance: the majority class."
+            "resized bilinearly (antialiased), grey is repeated, and colour becomes grey by its luma. Chance: the majority."
         ),
         metrics=_metrics(found, options.seed),
         tables=[_table(found)],
         figures=[
             Figure(
-                "transfer", "bar", "Accuracy on other data sets", "Bars: Wilson's 95 % interval over the test images.", "transfer",
+                "transfer", "bar", "Accuracy on other data sets", "Bars: Wilson's 95 % interval over test images.", "transfer",
                 "dataset", "accuracy", "features", "low", "high", x_label="data set", y_label="top-1 accuracy",
             )
         ],
@@ -145,7 +145,10 @@ def _remarks(subject: Subject, options: Options, twin: Subject | None) -> list[s
 
 def _metrics(found: Sequence[Carried], seed: int) -> list[Metric]:
     metrics = []
-    drawn = [resampled_sums(c.right["encoder"].double()[:, None], seed + k, RESAMPLES) / len(c.labels) for k, c in enumerate(found)]
+    # sets are independent, so each is resampled by draws of its own
+    drawn = [
+        resampled_sums(c.right["encoder"].double()[:, None], seed + k, RESAMPLES) / len(c.labels) for k, c in enumerate(found)
+    ]
     low, high = interval(torch.cat(drawn, dim=1).mean(dim=1, keepdim=True), 0.95)
     metrics.append(Metric(
         "linear_mean", sum(c.accuracy("encoder") for c in found) / len(found), len(found),
@@ -156,8 +159,9 @@ def _metrics(found: Sequence[Carried], seed: int) -> list[Metric]:
         n = len(c.labels)
         metrics.append(_proportion(f"linear_{c.name}", c.right["encoder"], f"linear classifier on h, {c.name}", "higher"))
         if "random encoder" in c.right:
-            metrics.append(_proportion(f"random_{c.name}", c.right["random encoder"], f"the same on the random encoder, {c.name}"))
-            gain = c.right["encoder"].double() - c.right["random encoder"].double()
+            random = c.right["random encoder"]
+            metrics.append(_proportion(f"random_{c.name}", random, f"the same on the random encoder, {c.name}"))
+            gain = c.right["encoder"].double() - random.double()
             bounds = [float(b) for b in bootstrap_mean(gain, seed)]
             metrics.append(Metric(
                 f"gain_{c.name}", float(gain.mean()), n,
