@@ -94,7 +94,7 @@ def _left_over(call: Call, axis: int) -> str:
     k, s, d, p = (v[axis] for v in (call.kernel, call.stride, call.dilation, call.before))
     over = call.size_in[axis] + 2 * p - d * (k - 1) - 1 - s * (call.size_out[axis] - 1)
     if call.before[axis] != call.after[axis]:
-        return f"it pads {call.before[axis]} pixels before and {call.after[axis]} after"
+        return f"it pads unevenly, {call.before[axis]} before and {call.after[axis]} after"
     kept = f"{abs(over)} pixel{'s' if abs(over) > 1 else ''}"
     how = f"leaves {kept} over at the far end" if over > 0 else f"overruns the far end by {kept}"
     return f"stride {s} on {_by(call.size_in)} {how}"

@@ -14,8 +14,10 @@ from geomssl.probes.aliasing import Aliasing
 from geomssl.probes.assurance import interval, resampled_sums
 from geomssl.probes.breaks import border
 from geomssl.probes.defect import EquivarianceError
-from geomssl.probes.equivariance import equivariance_error
-from geomssl.probes.repair import Repair, repairs, together
+from geomssl.probes.inputs import Inputs
+from geomssl.probes.judge import Settings, judge
+from geomssl.probes.layers import single
+from geomssl.probes.repair import Repair, joint, repairs, together
 from geomssl.probes.static import Call, Move
 from geomssl.transforms.actions import Action
 from geomssl.transforms.base import Size, Transform
@@ -42,12 +44,14 @@ class Effect:
 
 
 def total(
-    f: Callable[[Tensor], Any], images: Tensor, transform: Transform, params: Tensor, declared: Action, batch_size: int,
+    f: Callable[[Tensor], Any], inputs: Inputs, transform: Transform, params: Tensor, declared: Action, batch_size: int,
     seed: int,
 ) -> EquivarianceError:
-    """The errors of all elements, image by image; without a floor, and with the one resample that cannot be helped."""
-    one_way = OneWay(transform)
-    return equivariance_error(f, images, one_way, params, declared, batch_size=batch_size, seed=seed, resamples=1)
+    """The errors of all elements, image by image; without a floor or r, and with the one resample that cannot be helped."""
+    reader = single(f, f(inputs.of(slice(0, 1))), None)
+    settings = Settings(resamples=1, seed=seed, batch_size=batch_size, references=0)
+    found, _ = judge(reader, inputs, OneWay(transform), params, [declared], "none", None, settings)
+    return found[0]
 
 
 class OneWay(Transform):
@@ -115,3 +119,14 @@ def suspects(
     return ordered[:most], unbuilt, ordered[most:]
 
 
+def joints(found: Sequence[Repair]) -> list[Repair]:
+    """All repairs of one cause at once, where there are several causes, and all of them: causes can hide each other."""
+    causes = list(dict.fromkeys(one.cause for one in found))
+    places = {cause: {call.number for one in found if one.cause == cause for call in one.calls} for cause in causes}
+    made = [
+        joint([one for one in found if one.cause == cause], f"all repairs of {cause}", cause)
+        for cause in causes if len(causes) > 1 and sum(one.cause == cause for one in found) > 1 and len(places[cause]) > 1
+    ]
+    if sum(len(numbers) for numbers in places.values()) > 1:
+        made.append(joint(found, "all repairs", "all"))
+    return made

@@ -16,17 +16,22 @@ from geomssl.errors import GeomsslError
 from geomssl.probes import subject
 from geomssl.probes.aliasing import Aliasing, meter
 from geomssl.probes.breaks import breaks, exact, moves, needed, sizes
-from geomssl.probes.defect import CHANCE
-from geomssl.probes.effect import Effect, effect, pooled, suspects, total
+from geomssl.probes.causes import by, change_of, fits, must_break, names_of, pair_words, readable, told
+from geomssl.probes.defect import CHANCE, EquivarianceError
+from geomssl.probes.effect import Effect, effect, joints, pooled, suspects, total
 from geomssl.probes.elements import doing, elements, labels, spoken
+from geomssl.probes.inputs import Inputs, natural, pictures, rendered
 from geomssl.probes.layers import declare
 from geomssl.probes.layers import read as read_layers
 from geomssl.probes.repair import Repair, repaired
-from geomssl.probes.static import NONLINEAR, Call, Move, read
+from geomssl.probes.static import Call, Move, read
 from geomssl.progress import track
-from geomssl.transforms.base import Size, Transform
+from geomssl.transforms.base import Transform
+from geomssl.transforms.groups import Translations
 
 METHOD = "paired percentile bootstrap over images"
+# A total above which something is left to explain.
+LARGE = 0.05
 
 
 class Options(subject.Options):
@@ -36,6 +41,10 @@ class Options(subject.Options):
     transform: str = Field("c4", description='the transform: c4, d4, flips, translations, "rotate(±30)", a policy, ...')
     action: Literal["auto", "regular", "spatial", "trivial"] = Field("auto", description="how features are declared to move")
     layer: str = Field("fibres", description="the features that are explained: fibres, the vector h, or the name of a layer")
+    images: Literal["data", "fields", "phantoms"] = Field(
+        "data", description="images of the data set, or rendered pictures, on which every T_g is exact"
+    )
+    bandwidth: float = Field(0.25, gt=0, lt=0.5, description="highest frequency of rendered pictures, cycles per pixel")
     draws: int = Field(4, ge=1, le=1024, description="elements to draw where there are more, or infinitely many")
     repairs: int = Field(6, ge=0, le=1000, description="repairs to measure, the strongest suspects first")
     metered: int = Field(32, ge=2, description="images for the aliasing meter")
@@ -45,12 +54,10 @@ class Options(subject.Options):
 
 def probe(subject: subject.Subject, options: Options) -> Artifact:
     """Read the module, meter its aliasing, repair one layer at a time, and lay the three beside each other."""
-    subject.need(2, "an explanation")
-    size: Size = (subject.source.size,) * 2
     transform, grid = spoken(options.transform)
-    params = elements(transform, size, options.draws, options.seed) if grid is None else grid
-    indices = subject.choose(options)
-    images = subject.images(indices)
+    inputs = _inputs(subject, options, transform)
+    params = elements(transform, inputs.size, options.draws, options.seed) if grid is None else grid
+    images = inputs.of(slice(0, min(inputs.n, options.metered)))
     with torch.no_grad():
         reader, _ = read_layers(subject.encoder, [options.layer], images[:1])
         layer = reader.layers[0]
@@ -60,60 +67,68 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         def f(batch: Tensor) -> Tensor:
             return reader.features(batch)[0]
 
+        def measured(one: Callable[[Tensor], Any]) -> EquivarianceError:
+            return total(one, inputs, transform, params, declared, subject.batch_size, options.seed)
+
         module = subject.encoder.module if isinstance(subject.encoder, Wrapped) else subject.encoder
         calls = read(f, images[:2], module)
-        names, asked = _names(calls), moves(transform)
-        metered = meter(f, images[: options.metered].split(subject.batch_size), calls)
-        base = total(f, images, transform, params, declared, subject.batch_size, options.seed)
+        names, asked = names_of(calls), moves(transform)
+        metered = meter(f, images.split(subject.batch_size), calls)
+        base = measured(f)
         chosen, unbuilt, waiting = suspects(calls, asked, metered, options.repairs)
-        effects = []
-        for one in track(chosen, "repairs"):
-            after = total(repaired(f, one), images, transform, params, declared, subject.batch_size, options.seed)
-            where = " + ".join(names[call.number] for call in one.calls)
-            effects.append(effect(base, after, one, where, len(chosen), options.seed, options.level, options.resamples))
+        several = joints([*chosen, *waiting]) if chosen else []
+        effects, joined = [], []
+        for number, one in enumerate(track([*chosen, *several], "repairs")):
+            alone = number < len(chosen)
+            where = " + ".join(names[call.number] for call in one.calls) if alone else f"{len(one.calls)} layers at once"
+            (effects if alone else joined).append(effect(
+                base, measured(repaired(f, one)), one, where, len(chosen) + len(several), options.seed, options.level,
+                options.resamples,
+            ))
     effects.sort(key=lambda e: e.change)
     error = pooled(base)
     return Artifact(
         probe="explain",
         title=f"Why equivariance under {transform.name} holds or breaks",
-        headline=_headline(calls, names, asked, transform, effects, error),
+        headline=_headline(calls, names, asked, transform, effects, joined, error),
         definition=(
             "Three readings of one module. Must break: rules on kernel, stride, padding and sizes of one pass. Aliasing: share "
             "of the energy above the new Nyquist before a stride, and above a map's own after a nonlinearity. Repair: padding, "
             "stride or pooling of one layer replaced, weights kept; change = total after − total before, total = "
             "√(Σ‖f(T_g x) − Γ_g f(x)‖² / Σ‖Γ_g f(x) − mean‖²) over images and elements together."
         ),
-        metrics=_metrics(error, effects, calls, asked, metered, len(images), options),
-        tables=[_layers(calls, names, asked, metered, effects, unbuilt, options), _repairs(effects)],
+        metrics=_metrics(error, effects, joined, calls, asked, metered, inputs.n, options),
+        tables=[_layers(calls, names, asked, metered, effects, unbuilt, options), _repairs(effects, joined)],
         figures=_figures(options, bool(effects), bool(metered)),
-        notes=[why, *_notes(f, images, module, calls, names, asked, transform, params, effects, waiting, metered, options)],
+        notes=[
+            why, *fits(f, images, module, calls, asked),
+            *told(calls, names, asked, metered, effects, unbuilt, (options.seed, options.level, options.resamples)),
+            *_notes(calls, asked, transform, params, error, effects, joined, waiting, metered, inputs, options),
+        ],
         options=options.model_dump(mode="json"),
-        provenance={**subject.provenance, "action": declared.name, "n": len(images)},
+        provenance={
+            **subject.provenance, "action": declared.name, "n": inputs.n, "images": inputs.name,
+            **({} if options.images == "data" else {"images_sha256": None}),
+        },
     )
 
 
-def _names(calls: Sequence[Call]) -> dict[int, str]:
-    """A name for every call: its module; what it is and the layer it comes after, where no module holds it. All differ."""
-    found: dict[int, str] = {}
-    last = ""
-    for call in calls:
-        name = call.layer or (f"{call.what} after {last}" if last else call.what)
-        name = f"{call.what} in {call.layer}" if call.layer and call.name in NONLINEAR else name
-        count = sum(other == name or other.startswith(f"{name} #") for other in found.values())
-        found[call.number] = name if not count else f"{name} #{count + 1}"
-        last = call.layer or last
-    return found
-
-
-def _words(call: Call, asked: tuple[Move, ...]) -> str | None:
-    """What must break, move by move; the same words of several moves once."""
-    said: dict[str, list[str]] = {}
-    for move in asked:
-        for one in breaks(call, move):
-            said.setdefault(one.words, []).append(move)
-    if not said:
-        return None
-    return "; ".join(f"{' and '.join(which)}: {words}" if len(asked) > 1 else words for words, which in said.items())
+def _inputs(subject: subject.Subject, options: Options, transform: Transform) -> Inputs:
+    """Images of the data set, as formulas where it has them, or rendered pictures."""
+    if options.images != "data":
+        channels = int(getattr(subject.encoder, "in_channels", subject.source.channels))
+        wraps = isinstance(transform, Translations) and transform.wrap
+        n = options.n or len(subject.source)
+        if n < 2:
+            raise GeomsslError(f"--n {n}", "at least 2 pictures", reason="too-few-images")
+        drawn = pictures(options.images, n, channels, subject.source.size, options.bandwidth, wraps, options.seed)
+        return rendered(drawn, transform, subject.dtype, subject.device)
+    subject.need(2, "an explanation")
+    indices = subject.choose(options)
+    drawn = getattr(subject.source, "rendered", None)
+    if drawn is not None:
+        return rendered(drawn, transform, subject.dtype, subject.device, indices)
+    return natural(lambda rows: subject.images(indices[rows]), len(indices), None)
 
 
 def _layers(
@@ -127,9 +142,9 @@ def _layers(
         share, effect = metered.get(call.number), best.get(call.number)
         bounds = share.interval(options.seed, options.level, options.resamples) if share is not None else None
         rows.append({
-            "layer": names[call.number], "what": call.what, "size_in": _by(call.size_in), "size_out": _by(call.size_out),
-            "kernel": _one(call.kernel) if call.grid else None, "stride": _one(call.down) if call.grid else None,
-            "padding": _padding(call), "must_break": _words(call, asked), "sizes": fit, "nearest_size": near,
+            "layer": names[call.number], "what": call.what, "size_in": by(call.size_in), "size_out": by(call.size_out),
+            "kernel": pair_words(call.kernel) if call.grid else None, "stride": pair_words(call.down) if call.grid else None,
+            "padding": _padding(call), "must_break": must_break(call, asked), "sizes": fit, "nearest_size": near,
             "aliasing": None if share is None else share.share(), "aliasing_low": bounds[0] if bounds else None,
             "aliasing_high": bounds[1] if bounds else None, "aliasing_y": None if share is None else share.share("y"),
             "aliasing_x": None if share is None else share.share("x"),
@@ -146,9 +161,10 @@ def _layers(
     )
 
 
-def _repairs(effects: Sequence[Effect]) -> Table:
+def _repairs(alone: Sequence[Effect], joined: Sequence[Effect]) -> Table:
+    effects = [*alone, *joined]
     return Table(
-        "repairs", "Repairs of one layer, best first",
+        "repairs", "Repairs of one layer, best first, and of many at once",
         {
             "layer": [e.where for e in effects], "repair": [e.repair.what for e in effects],
             "cause": [e.repair.cause for e in effects],
@@ -161,14 +177,19 @@ def _repairs(effects: Sequence[Effect]) -> Table:
 
 
 def _metrics(
-    error: float | None, effects: Sequence[Effect], calls: Sequence[Call], asked: tuple[Move, ...],
-    metered: dict[int, Aliasing], n: int, options: Options,
+    error: float | None, effects: Sequence[Effect], joined: Sequence[Effect], calls: Sequence[Call],
+    asked: tuple[Move, ...], metered: dict[int, Aliasing], n: int, options: Options,
 ) -> list[Metric]:
-    best = effects[0] if effects and math.isfinite(effects[0].change) else None
-    bounds = None
-    if best is not None and math.isfinite(best.low + best.high):
-        said = f"{METHOD}, {options.level:.0%} over {len(effects)} repairs at once"
-        bounds = Interval(best.low, best.high, said)
+    def change(name: str, one: Effect | None, none: str, about: str) -> Metric:
+        one = one if one is not None and math.isfinite(one.change) else None
+        bounds = None
+        if one is not None and math.isfinite(one.low + one.high):
+            said = f"{METHOD}, {options.level:.0%} over {len(effects) + len(joined)} repairs at once"
+            bounds = Interval(one.low, one.high, said)
+        reason = None if bounds else none if not effects else "the features do not vary in some resample"
+        return Metric(name, one.change if one else None, n=n, interval=bounds, better="lower", reason=reason, about=about)
+
+    best, every = (effects or [None])[0], (joined or effects or [None])[-1]
     skipping = [call.number for call in calls if call.grid and call.number in metered]
     most = max(skipping, key=lambda number: metered[number].share(), default=None)
     found = metered[most].interval(options.seed, options.level, options.resamples) if most is not None else None
@@ -178,14 +199,17 @@ def _metrics(
             "total", error, n=n, reason="judged with its interval by the probe equivariance; here the start of a comparison"
             if error is not None else "the features do not vary at all", about="total error over all elements together",
         ),
-        Metric(
-            "best_change", best.change if best else None, n=n, interval=bounds, better="lower",
-            reason=None if bounds else "no repair was measured" if not effects else "the features do not vary in some resample",
-            about=f"change of the total by {best.name}" if best else "change of the total by the best repair",
+        change(
+            "best_change", best, "no repair was measured",
+            f"change of the total by {best.name}" if best else "change of the total by the best repair",
+        ),
+        change(
+            "all_change", every, "no repair was measured",
+            "change of the total by all repairs at once; what is left no padding, stride, pooling or place explains",
         ),
         Metric(
             "must_break", float(breaking), reason="read off the module, not estimated",
-            about=f"of {_readable(calls)} layers, those that must break it by the rules",
+            about=f"of {readable(calls)} layers, those that must break it by the rules",
         ),
         Metric(
             "aliasing", None if most is None else metered[most].share(),
@@ -200,7 +224,7 @@ def _metrics(
 
 def _headline(
     calls: Sequence[Call], names: dict[int, str], asked: tuple[Move, ...], transform: Transform, effects: Sequence[Effect],
-    error: float | None,
+    joined: Sequence[Effect], error: float | None,
 ) -> str:
     broken = [c for c in calls if any(needed(breaks(c, move)) for move in asked)]
     causes = list(dict.fromkeys(b.cause for c in broken for move in asked for b in needed(breaks(c, move))))
@@ -208,7 +232,7 @@ def _headline(
         read_as = "the rules of exactness do not speak of it, since it resamples"
     elif broken:
         where = ", ".join(names[c.number] for c in broken[:3]) + (", ..." if len(broken) > 3 else "")
-        read_as = f"it must break at {len(broken)} of {_readable(calls)} layers, by {' and '.join(causes)} ({where})"
+        read_as = f"it must break at {len(broken)} of {readable(calls)} layers, by {' and '.join(causes)} ({where})"
     elif "shift" in asked and not all(exact([c], "shift", (1, 1)) for c in calls):
         read_as = "only shifts by multiples of the stride can be exact"
     else:
@@ -219,37 +243,60 @@ def _headline(
     if not effects:
         return f"{said}; there was no padding, stride or pooling to repair (error {error:.3g}, chance {CHANCE:.3g})."
     best = effects[0]
+    together = ""
+    if joined:
+        last = joined[-1]
+        how = "lower" if last.high < 0 else "raise" if last.low > 0 else "do not surely change"
+        together = f"; all repairs at once {how} it, {last.before:.3g} to {last.after:.3g}"
     if not best.high < 0:
-        none = f"of {len(effects)} repairs of one layer none is sure to lower the error"
-        return f"{said}; {none} ({error:.3g}, chance {CHANCE:.3g})."
+        none = f"of {len(effects)} repairs of one layer none is"
+        which = none if len(effects) > 1 else f"the one repair ('{best.name}') is not"
+        return f"{said}; {which} sure to lower the error ({error:.3g}, chance {CHANCE:.3g}){together}."
+    which = f"of {len(effects)} repairs '{best.name}' lowers the error most" if len(effects) > 1 else (
+        f"the one repair, '{best.name}', lowers the error"
+    )
     return (
-        f"{said}; of {len(effects)} repairs '{best.name}' lowers the error most, {best.before:.3g} to {best.after:.3g} "
-        f"(change {best.change:.2g} [{best.low:.2g}, {best.high:.2g}])."
+        f"{said}; {which}, {best.before:.3g} to {best.after:.3g} (change {best.change:.2g} [{best.low:.2g}, "
+        f"{best.high:.2g}]){together}."
     )
 
 
 def _notes(
-    f: Callable[[Tensor], Any], images: Tensor, module: Any, calls: Sequence[Call], names: dict[int, str],
-    asked: tuple[Move, ...], transform: Transform, params: Tensor, effects: Sequence[Effect], waiting: Sequence[Repair],
-    metered: dict[int, Aliasing], options: Options,
+    calls: Sequence[Call], asked: tuple[Move, ...], transform: Transform, params: Tensor, error: float | None,
+    effects: Sequence[Effect], joined: Sequence[Effect], waiting: Sequence[Repair], metered: dict[int, Aliasing],
+    inputs: Inputs, options: Options,
 ) -> list[str]:
     notes = []
-    if asked:
-        notes.append(_fitting(f, images, module, calls, asked[0]))
-    if asked and not bool(transform.is_exact(params, (images.shape[2], images.shape[3])).all()):
+    exactly = bool(transform.is_exact(params, inputs.size).all()) or inputs.moved is not None
+    if asked and not bool(transform.is_exact(params, inputs.size).all()):
         some = labels(transform, params)[0]
         notes.append(f"{transform.name} resamples at some elements (such as {some}); the rules speak of {' and '.join(asked)}.")
-    apart = [call for call in calls if call.what in ("position", "linear over places", "unread")]
-    notes += [f"{names[call.number]}: {breaks(call, 'shift')[0].words}." for call in apart]
+    if inputs.moved is None and not exactly:
+        notes.append("T_g resamples these images, which is in the total before and after; --images fields takes that away.")
     if any(b.cause == "filters" for c in calls for move in asked for b in breaks(c, move)):
         notes.append(
             "Ordinary filters do not turn with the image; only filters that are their own turned selves, or that a GroupConv2d "
             "ties over the group, do. Ties made by other libraries are not seen here: trust the measured total over the rule."
         )
+    unbroken = asked and "shift" not in asked and not any(needed(breaks(c, move)) for c in calls for move in asked)
+    if unbroken and exactly and error is not None and error > LARGE:
+        notes.append(
+            "Nothing has to break it and yet the error is large: the declared action may be another than the model's (geomssl "
+            "action fits one), or the model looks at places in a way that the rules do not know."
+        )
     if waiting:
         notes.append(
-            f"Repairs that were not measured: {len(waiting)} (--repairs {options.repairs}). First come those with the largest "
-            "share of energy that aliases, or of pixels that see the border."
+            f"Repairs that were not measured by themselves: {len(waiting)} (--repairs {options.repairs}). First come those "
+            "with the largest share of energy that aliases, or of pixels that see the border."
+        )
+    left = "what the blurs let through, or another cause" if not asked or "shift" in asked else "another cause"
+    if any(b.cause == "filters" for c in calls for move in asked for b in breaks(c, move)):
+        left = "that filters do not turn along, or another cause"
+    for one in joined:
+        what = "All repairs at once" if one.repair.cause == "all" else f"{one.repair.what.capitalize()} at once"
+        notes.append(
+            f"{what} ({len(one.repair.calls)} layers): {one.before:.3g} to {one.after:.3g}, change {change_of(one)}."
+            + (f" What is left is {left}." if one.repair.cause == "all" and one.after > LARGE else "")
         )
     if any(len(e.repair.calls) > 1 for e in effects):
         notes.append("Strides side by side are repaired together: the branches of a residual block must keep one grid.")
@@ -260,29 +307,12 @@ def _notes(
         )
     if metered:
         n = max(len(one.total) for one in metered.values())
-        notes.append(f"Aliasing: {n} images, at most 32 channels of a map, mean removed, Hann window, float64.")
+        turns = bool(asked) and "shift" not in asked
+        harmless = " Under exact turns and mirrors it does no harm where the grid fits." if turns else ""
+        notes.append(
+            f"Aliasing: {n} images, at most 32 channels of a map, mean removed, Hann window, float64.{harmless}"
+        )
     return notes
-
-
-def _fitting(f: Callable[[Tensor], Any], images: Tensor, module: Any, calls: Sequence[Call], move: Move) -> str:
-    """For which sizes every grid would do, tried at the nearest one."""
-    fit, near = sizes(calls, move)
-    here = images.shape[-1]
-    if fit == "every size":
-        return f"The grids of all layers fit {move} at every size."
-    if near is None:
-        return f"The grids of all layers fit {move} at {fit}."
-    if near == here:
-        return f"The grids of all layers fit {move} for {fit}; {here} does."
-    said = f"The grids of all layers fit {move} for {fit}; {near} would do"
-    try:
-        there = read(f, images.new_zeros(2, images.shape[1], near, near), module)
-    except (RuntimeError, ValueError, AssertionError, GeomsslError):
-        return f"{said}, but the module does not take images of that size."
-    held = not any(needed([b for b in breaks(c, move) if c.grid], grid_only=True) for c in there)
-    if held or move == "shift":
-        return f"{said} (read again at that size)."
-    return f"{said} by the strides; read again at that size, it does not."
 
 
 def _figures(options: Options, repaired_any: bool, metered: bool) -> list[Figure]:
@@ -302,23 +332,11 @@ def _figures(options: Options, repaired_any: bool, metered: bool) -> list[Figure
     return found
 
 
-def _readable(calls: Sequence[Call]) -> int:
-    return sum(call.name not in NONLINEAR for call in calls)
-
-
 def _padding(call: Call) -> str | None:
     if not call.grid or call.adaptive or call.name == "interpolate":
         return None
-    pads = _one(call.before) if call.before == call.after else f"{_one(call.before)}|{_one(call.after)}"
+    pads = pair_words(call.before) if call.before == call.after else f"{pair_words(call.before)}|{pair_words(call.after)}"
     return f"{pads} {call.mode}".strip() if max(*call.before, *call.after) > 0 else "0"
-
-
-def _one(values: tuple[int, int]) -> str:
-    return str(values[0]) if values[0] == values[1] else f"{values[0]}x{values[1]}"
-
-
-def _by(size: Size) -> str:
-    return f"{size[0]}x{size[1]}"
 
 
 def _plain(value: float) -> float | None:

@@ -10,8 +10,9 @@ from torch import nn
 from geomssl import encoders
 from geomssl.encoders.group_conv import GroupConv2d
 from geomssl.errors import GeomsslError
-from geomssl.probes.effect import effect, pooled, suspects, total
+from geomssl.probes.effect import effect, joints, pooled, suspects, total
 from geomssl.probes.equivariance import equivariance_error
+from geomssl.probes.inputs import natural
 from geomssl.probes.repair import blur, joint, repaired, repairs
 from geomssl.probes.static import read
 from geomssl.seeding import generator, seeded
@@ -166,6 +167,21 @@ def test_three_strides_off_the_grid_hide_each_other_and_together_they_are_the_wh
     assert measured(repaired(net, joint(chosen, "all", "all")), x, C4, C4.elements()[1:], "regular")[0] < 1e-12
 
 
+def test_all_of_a_cause_and_all_of_all_causes_are_offered_where_there_are_several():
+    def offered(*layers, asked=("shift",)):
+        net = net_of(*layers)
+        return [(one.what, len(one.calls)) for one in joints(suspects(read(net, noise(), net), asked, {}, 9)[0])]
+
+    conv, strided = (lambda: nn.Conv2d(1, 1, 3, padding=1)), (lambda: nn.Conv2d(1, 1, 3, 2, 1, padding_mode="circular"))
+    assert offered(conv) == []
+    assert offered(lambda: nn.MaxPool2d(2)) == []
+    assert offered(conv, conv) == [("all repairs", 2)]
+    assert offered(conv, strided) == [("all repairs", 2)]
+    assert offered(conv, conv, strided) == [("all repairs of padding", 2), ("all repairs", 3)]
+    assert offered(lambda: nn.Conv2d(1, 1, 3, 2, 1)) == [("all repairs", 1)]
+    assert offered(strided, strided, asked=()) == [("all repairs", 2)]
+
+
 def test_the_module_and_its_passes_are_left_as_they_were():
     net = net_of(lambda: nn.Conv2d(1, 3, 3, 2, 1), nn.ReLU, lambda: nn.MaxPool2d(2))
     x = noise()
@@ -178,7 +194,8 @@ def test_the_module_and_its_passes_are_left_as_they_were():
 
 
 def measured(f, x, transform, params, name, images_of=None):
-    found = total(f, x, transform, params, action(name, transform), 64, 0)
+    inputs = natural(lambda rows: x[rows], len(x), None)
+    found = total(f, inputs, transform, params, action(name, transform), 64, 0)
     return pooled(found), found
 
 
