@@ -136,7 +136,7 @@ POLICIES: dict[str, tuple[Callable[[], list[Transform]], str]] = {
     "small": (_simclr(0.9, 0.05, None), "crop .9-1, no flip, jitter .05, gray .2 (row G11)"),
     "ciper": (_simclr(0.2, 0.5, 0.8), "crop .2-1, flip .8, jitter .5, gray .2 (row C4)"),
     "equivariant": (_regressed, "crop .2-1, flip .5, turn to 90 degrees, shift .2, jitter .4, blur (rows X2-X5)"),
-    "turn-shift-jitter": (lambda: _regressed()[2:5], "turn to 90 degrees, shift .2, jitter .4: equivariant without crop, flip, blur"),
+    "turn-shift-jitter": (lambda: _regressed()[2:5], "turn to 90 degrees, shift .2, jitter .4: a part of equivariant"),
     "rotations": (lambda: [CyclicRotations(4)], "one of 0, 90, 180, 270 degrees (row H1)"),
     "translations20": (lambda: [Translate(0.2)], "shifts by up to 20 % of height and width (row H1)"),
     "scales": (lambda: [Zoom(0.57, 1.0)], "shrunk to .57-1 of the size (row H1)"),
