@@ -19,7 +19,7 @@ import click
 
 from geomssl import artifact, checkpoint, files
 from geomssl.artifact import Artifact
-from geomssl.commands import scheduled
+from geomssl.commands.scheduled import Scheduled
 from geomssl.config import parse
 from geomssl.errors import GeomsslError, unknown
 from geomssl.registry import resolve
@@ -48,9 +48,9 @@ def run(unit: Unit, asked: Asked) -> Outcome:
             training.start(unit.recipe, unit.path, where) if state.epoch is None
             else training.resume(unit.path, where, unit.layers)
         )
-        looks = scheduled.Scheduled()
-        looks.catch_up(trainer)
-        trainer.run(after_epoch=looks)
+        scheduled = Scheduled()
+        scheduled.catch_up(trainer)
+        trainer.run(after_epoch=scheduled)
         state = look(unit)
     return collect(unit, asked, state, measure=True)
 
@@ -89,11 +89,13 @@ def collect(unit: Unit, asked: Asked, state: State, measure: bool) -> Outcome:
 def _on_its_way(unit: Unit, wanted: Named, state: Mapping[str, Any]) -> Artifact:
     """What a scheduled probe left at that epoch of the training. Raises GeomsslError where it left nothing."""
     epoch = wanted.epoch(unit.recipe)
-    place = scheduled.place(unit.recipe, unit.path, wanted.label, state["step"] * epoch // state["epoch"])
-    if not (place / "artifact.json").is_file():
+    # by its step, since a run has one schedule, and its options may have more defaults by now
+    step = state["step"] * epoch // state["epoch"]
+    there = list((checkpoint.folder(unit.path) / wanted.label).glob(f"[!.]*@{step}/artifact.json"))
+    if len(there) != 1:
         expected = "what its training measured on its way: another --out, to train it anew"
         raise GeomsslError(f"{unit.path} without {wanted.label} of epoch {epoch}", expected, reason="no-artifact")
-    return artifact.load(place)
+    return artifact.load(there[0].parent)
 
 
 def _measured(unit: Unit, probe: Probe, split: str, digest: str) -> Artifact | None:
