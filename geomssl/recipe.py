@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator
 
@@ -12,6 +12,9 @@ from geomssl.config import Settings, canonical, merge, parse, read_toml
 from geomssl.errors import GeomsslError, nearest
 from geomssl.registry import known, resolve
 from geomssl.schedule import Schedule
+
+if TYPE_CHECKING:
+    from geomssl.data.base import Source
 
 # section of a recipe -> kind in the registry
 SECTIONS = {"dataset": "dataset", "encoder": "encoder", "objective": "objective", "optim": "optimizer"}
@@ -39,6 +42,9 @@ class Recipe(Settings):
     channels_last: bool = Field(False, description="keep images and filters channels-last")
     compile: bool = Field(False, description="torch.compile of the encoder")
     micro_batch: int | None = Field(None, ge=2, description="images a pass of the encoder: gradient caching for large batches")
+    train_share: float = Field(
+        1.0, gt=0, le=1, description="share of the training images that the run sees, drawn by class; smaller lie in larger ones"
+    )
     classifier_lr: float = Field(0.1, gt=0, description="learning rate of the detached online classifier")
     dataset: SerializeAsAny[Settings]
     encoder: SerializeAsAny[Settings]
@@ -90,6 +96,13 @@ def build(layers: Sequence[Mapping[str, Any]], where: str = "recipe") -> Recipe:
             reason="bad-value",
         )
     return recipe
+
+
+def seen(recipe: Recipe, source: Source) -> Source:
+    """What a run sees of the training split: train_share of it, drawn by the recipe's seed, whatever else the recipe says."""
+    from geomssl.data.derived import share
+
+    return share(source, recipe.train_share, recipe.seed)
 
 
 def _schedule(given: Any, where: str) -> Schedule:

@@ -20,7 +20,7 @@ from geomssl.learner import Learner, build_encoder, epoch_order, initialise, mak
 from geomssl.objectives.base import Batch, Losses
 from geomssl.optim import learning_rate
 from geomssl.progress import track
-from geomssl.recipe import Recipe, build, differing, refuse_strangers
+from geomssl.recipe import Recipe, build, differing, refuse_strangers, seen
 from geomssl.registry import resolve
 from geomssl.seeding import seeded
 
@@ -36,7 +36,7 @@ def start(recipe: Recipe, out: Path | str, where: torch.device, overwrite: bool 
         raise GeomsslError(f"--out {out}", "a file name ending in .pt", f"{out.name}.pt", reason="bad-value")
     if out.exists() and not overwrite:
         raise GeomsslError(f"{out} exists", "another --out, --resume to continue it, or --overwrite", reason="exists")
-    files.check(checkpoint.folder(out) / "metrics.jsonl")
+    _check(out)
     return Trainer(recipe, out, where)
 
 
@@ -46,6 +46,7 @@ def resume(path: Path | str, where: torch.device, layers: Sequence[Mapping[str, 
     `layers` may repeat its settings, and change none but recipe.MACHINE; the device and the number of processes may differ.
     """
     path = checkpoint.located(path)
+    _check(path)
     state = checkpoint.load(path)
     refuse_strangers(state["config"], layers, str(path))
     recipe = build([state["config"], *layers], str(path))
@@ -58,9 +59,16 @@ def resume(path: Path | str, where: torch.device, layers: Sequence[Mapping[str, 
     return trainer
 
 
+def _check(out: Path) -> None:
+    """Raise, before anything is trained, where run.pt, its sibling or its folder could not be written."""
+    for path in (out, out.with_name(f".{out.name}.part"), checkpoint.folder(out) / "metrics.jsonl"):
+        files.check(path)
+
+
 class Trainer:
     """One run: a recipe, its data, the learner and its optimizers, and the file that holds its last whole epoch.
 
+    whole: the training split; source: what the run sees of it (train_share).
     notes: sentences that a person should read once, about what this machine makes of the recipe.
     """
 
@@ -69,7 +77,8 @@ class Trainer:
         self.notes: list[str] = []
         distributed.check_batch(recipe.batch_size)
         lower = device.precision(recipe.precision, where)
-        self.source = data.load_config(recipe.dataset, "train").to(where)
+        self.whole = data.load_config(recipe.dataset, "train").to(where)
+        self.source = seen(recipe, self.whole)
         self.val = data.load_config(recipe.dataset, "val").to(where)
         self.notes += dict.fromkeys([*self.source.notes, *self.val.notes])
         if recipe.batch_size > len(self.source):

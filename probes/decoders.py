@@ -1,4 +1,4 @@
-"""Small decoders from a map of features to a region for every pixel: a linear one, and one whose weights a hypernetwork makes."""
+"""Small decoders from a map of features to a region for every pixel: linear, or with weights that a hypernetwork makes."""
 
 from __future__ import annotations
 
@@ -62,8 +62,9 @@ class Hyper(nn.Module):
         s = W_s place,   (A, a, B, b) = W_h relu(s),   logits(pixel) = B relu(A [colours, y, x] + a) + b
 
     y, x in [-1, 1] are the pixel's place in its patch. As in HyperSeg, the encoder's features become weights of a decoder,
-    another one for each patch, which looks at the picture itself; here one level of it, without its U-Net of contexts. The places
-    of the map are spread evenly over the image; where they do not divide it, pixels are resampled and logits brought back.
+    another one for each patch, which looks at the picture itself; here one level of it, without its U-Net of contexts. The
+    places of the map are spread evenly over the image; where they do not divide it, pixels are resampled and logits brought
+    back.
     `width`: of the pixel network; `signal`: of s. Nirkin, Wolf and Hassner, HyperSeg, CVPR 2021.
     """
 
@@ -86,7 +87,7 @@ class Hyper(nn.Module):
 
     @torch.no_grad()
     def _initialise(self) -> None:
-        """The biases of the hypernetwork are an ordinary network's weights, so that it starts as one decoder for all patches."""
+        """The hypernetwork's biases are an ordinary network's weights, so that it starts as one decoder for all patches."""
         self.make.weight.mul_(0.3)
         first, second = (torch.randn(count) * math.sqrt(2 / inputs) for count, inputs in (
             (self.counts[0], self.inputs), (self.counts[2], self.width)

@@ -20,7 +20,7 @@ from geomssl.encoders.base import Encoder
 from geomssl.encoders.capture import Capture, submodule
 from geomssl.errors import GeomsslError
 from geomssl.probes.subject import Subject
-from geomssl.recipe import Recipe, build, refuse_strangers
+from geomssl.recipe import Recipe, build, refuse_strangers, seen
 from geomssl.registry import BUILTIN, load_attribute, resolve
 from geomssl.seeding import seeded
 from geomssl.training import build_encoder, initialise
@@ -67,11 +67,11 @@ def of_run(
 ) -> Subject:
     """The subject of a run's weights: its modules are made anew from the recipe, so that a training's own stay as they are.
 
-    trained_on: the run's training split, whose shape the encoder has. source, train: what is measured. how: of Subject.
+    trained_on: the run's whole training split, whose shape the encoder has. source, train: what is measured. how: of Subject.
     """
     # a library's own weights would be fetched only to be replaced
     recipe = recipe.model_copy(update={"encoder": _random(recipe.encoder)})
-    learner = initialise(recipe, trained_on.channels, trained_on.size, len(trained_on.classes), trained_on)
+    learner = initialise(recipe, trained_on.channels, trained_on.size, len(trained_on.classes), seen(recipe, trained_on))
     learner.load_state_dict(weights)
 
     def untrained() -> Encoder:

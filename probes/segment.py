@@ -73,12 +73,12 @@ def probe(subject: Subject, options: Options) -> Artifact:
         probe="segment",
         title="Segmentation by a small decoder",
         headline=(
-            f"A {options.decoder} decoder on the {state} encoder reaches a mean intersection over union of {float(values[0]):.3f} "
-            f"({others}), and {float(values[2]):.1%} of the named pixels of {len(rows)} test images."
+            f"A {options.decoder} decoder on the {state} encoder reaches a mean intersection over union of "
+            f"{float(values[0]):.3f} ({others}), and {float(values[2]):.1%} of the named pixels of {len(rows)} test images."
         ),
         definition=(
-            "IoU_k = right / (true + predicted - right) in pixels of region k, summed over all test images; mIoU: its mean over "
-            "regions that are true or predicted somewhere. mean_accuracy: right / true, mean over regions that are true "
+            "IoU_k = right / (true + predicted - right) in pixels of region k, summed over all test images; mIoU: its mean "
+            "over regions that are true or predicted somewhere. mean_accuracy: right / true, mean over regions that are true "
             "somewhere. overall_accuracy: right / true over all pixels. Pixels without a name count nowhere. The decoder is "
             "trained on the training split with pixelwise cross-entropy; its last step counts. Chance: always the most "
             "frequent region of the training masks."

@@ -92,8 +92,8 @@ def _subject(trainer: Trainer) -> Any:
 
     path = Path(trainer.out)
     return load.of_run(
-        trainer.recipe, trainer.learner.state_dict(), trained_on=trainer.source,
-        source=trainer.val if len(trainer.val) else trainer.source, train=trainer.source,
+        trainer.recipe, trainer.learner.state_dict(), trained_on=trainer.whole,
+        source=trainer.val if len(trainer.val) else trainer.whole, train=trainer.whole,
         provenance={
             "run": path.stem, "checkpoint": path.name, "epoch": trainer.epoch,
             "recipe_sha256": hashlib.sha256(canonical(trainer.recipe.plain()).encode()).hexdigest()[:12],

@@ -14,6 +14,8 @@ from geomssl.options import flags, given
 from geomssl.progress import shown
 from geomssl.registry import names
 
+# keys that a sweep file has and no recipe
+SWEEP = {"cell", "grid", "seeds", "recipe", "metrics", "compare"}
 OWN = ("seed", "epochs", "batch_size", "precision", "channels_last", "compile", "micro_batch")
 
 
@@ -37,9 +39,19 @@ def _train_options() -> list[click.Option]:
     ]
 
 
+def _recipe(file: str) -> dict[str, Any]:
+    """The recipe of that file or name; one line that says what to do where it is a sweep."""
+    from geomssl.recipe import read
+
+    found = read(file)
+    if SWEEP & found.keys():
+        raise GeomsslError(f"{file} is a sweep: cells and seeds", f"a recipe, or geomssl sweep {file}", reason="a-sweep")
+    return found
+
+
 def _train(recipe_file: str | None, **values: Any) -> None:
     from geomssl import checkpoint, data, distributed, training
-    from geomssl.recipe import Recipe, build, read
+    from geomssl.recipe import Recipe, build
 
     with distributed.session(values["device"]) as where:
         flagged = given(Recipe, {key: values[key] for key in OWN}) | named(values)
@@ -47,7 +59,7 @@ def _train(recipe_file: str | None, **values: Any) -> None:
             flagged["dataset"] = data.section(values["dataset"])
         layers = [flagged, assignments(values["assigned"])]
         if recipe_file is not None:
-            layers.insert(0, read(recipe_file))
+            layers.insert(0, _recipe(recipe_file))
         if values["resume"]:
             if values["out"] or values["overwrite"]:
                 expected = "--resume RUN.pt alone: it writes to RUN.pt"
