@@ -43,7 +43,7 @@ class Recipe(Settings):
     compile: bool = Field(False, description="torch.compile of the encoder")
     micro_batch: int | None = Field(None, ge=2, description="images a pass of the encoder: gradient caching for large batches")
     train_share: float = Field(
-        1.0, gt=0, le=1, description="share of the training images that the run sees, drawn by class; smaller lie in larger ones"
+        1.0, gt=0, le=1, description="share of the training images the run sees, drawn by class; small ones lie in large ones"
     )
     classifier_lr: float = Field(0.1, gt=0, description="learning rate of the detached online classifier")
     dataset: SerializeAsAny[Settings]

@@ -16,7 +16,11 @@ from geomssl.transforms import policy
 
 
 class Supervised(Objective):
-    """L = cross-entropy(W h + b, label)."""
+    """L = cross-entropy(W h + b, label), of one view.
+
+    It has no `positives`, unlike its kin: nothing is compared with anything. A partner of image i would only be another image
+    with a label of its own, that is another order of the epoch.
+    """
 
     class Config(Settings):
         name: Literal["supervised"] = "supervised"
