@@ -70,10 +70,10 @@ def told(
         causes = list(dict.fromkeys(b.cause for b in found.get(call.number, [])))
         if causes and call not in chosen:
             others.setdefault(" and ".join(causes), []).append(names[call.number])
-    for causes, where in others.items():
+    for which, where in others.items():
         some = ", ".join(where[:NAMED]) + (f" and {len(where) - NAMED} more" if len(where) > NAMED else "")
         count = f"{len(where)} {'other ' if said else ''}layer{'s' if len(where) > 1 else ''}"
-        said.append(f"{count} must break it by {causes}: {some}.")
+        said.append(f"{count} must break it by {which}: {some}.")
     return said
 
 

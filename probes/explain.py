@@ -77,7 +77,8 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         base = measured(f)
         chosen, unbuilt, waiting = suspects(calls, asked, metered, options.repairs)
         several = joints([*chosen, *waiting]) if chosen else []
-        effects, joined = [], []
+        effects: list[Effect] = []
+        joined: list[Effect] = []
         for number, one in enumerate(track([*chosen, *several], "repairs")):
             alone = number < len(chosen)
             where = " + ".join(names[call.number] for call in one.calls) if alone else f"{len(one.calls)} layers at once"
@@ -121,8 +122,8 @@ def _inputs(subject: subject.Subject, options: Options, transform: Transform) ->
         n = options.n or len(subject.source)
         if n < 2:
             raise GeomsslError(f"--n {n}", "at least 2 pictures", reason="too-few-images")
-        drawn = pictures(options.images, n, channels, subject.source.size, options.bandwidth, wraps, options.seed)
-        return rendered(drawn, transform, subject.dtype, subject.device)
+        made = pictures(options.images, n, channels, subject.source.size, options.bandwidth, wraps, options.seed)
+        return rendered(made, transform, subject.dtype, subject.device)
     subject.need(2, "an explanation")
     indices = subject.choose(options)
     drawn = getattr(subject.source, "rendered", None)
@@ -189,7 +190,7 @@ def _metrics(
         reason = None if bounds else none if not effects else "the features do not vary in some resample"
         return Metric(name, one.change if one else None, n=n, interval=bounds, better="lower", reason=reason, about=about)
 
-    best, every = (effects or [None])[0], (joined or effects or [None])[-1]
+    best, every = (effects[0], [*effects, *joined][-1]) if effects else (None, None)
     skipping = [call.number for call in calls if call.grid and call.number in metered]
     most = max(skipping, key=lambda number: metered[number].share(), default=None)
     found = metered[most].interval(options.seed, options.level, options.resamples) if most is not None else None

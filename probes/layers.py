@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from geomssl.encoders.base import Encoder
 from geomssl.encoders.capture import Capture, matching
 from geomssl.encoders.forms import Form, form
-from geomssl.encoders.geometry import Follower, Geometry, follow
+from geomssl.encoders.geometry import CHANNELS_LAST, LAST, Follower, Geometry, follow
 from geomssl.encoders.wrap import Wrapped
 from geomssl.errors import GeomsslError, nearest
 from geomssl.transforms.actions import Action, ActionFunction, action
@@ -84,7 +84,11 @@ def read(encoder: nn.Module, wanted: Sequence[str], image: Tensor) -> tuple[Read
         output, seen = capture(images, core)
         return {**seen, **output}
 
-    outputs, follower = follow(run, image)
+    try:
+        outputs, follower = follow(run, image)
+    except RuntimeError as error:
+        _admit(root, image, error)
+        raise
     named = {name for name in wanted if name in BUILTIN} | {p for p in patterns if p in modules}
     size: Size = (image.shape[2], image.shape[3])
     layers: list[Layer] = []
@@ -121,6 +125,17 @@ def read(encoder: nn.Module, wanted: Sequence[str], image: Tensor) -> tuple[Read
         return [layer.of(given[layer.source]) for layer in layers]
 
     return Reader(features, layers), remarks
+
+
+def _admit(root: nn.Module, image: Tensor, error: RuntimeError) -> None:
+    """Turn the fault of a pass into one line where the first convolution takes images of other channels."""
+    first = next((m for m in root.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != image.shape[1]:
+        raise GeomsslError(
+            f"images of {image.shape[1]} channels for {type(root).__name__}",
+            f"{first.in_channels}, as its first convolution takes: another data set (--dataset NAME), or another model",
+            reason="bad-images",
+        ) from error
 
 
 def _equal(h: Tensor, fibres: Any) -> bool:
@@ -168,7 +183,8 @@ def _split(name: str, output: Tensor, found: Form, follower: Follower, size: Siz
     shape = tuple(placed.shape[1:])
     here = None
     if placed.dim() >= 4:
-        here = follower.known(output) if found.kind in ("map", "fibres") else None
+        axes = CHANNELS_LAST if found.kind == "channels-last" else LAST
+        here = follower.known(output, axes) if found.kind != "tokens" else None
         here = here or _of_grid(follower, (shape[-2], shape[-1])) or Geometry.from_sizes(size, (shape[-2], shape[-1]))
     layers.insert(0, Layer(name, name, found, False, shape, here))
     return layers
@@ -215,7 +231,7 @@ def _auto(transform: Transform, layer: Layer, group: Any) -> tuple[str, str]:
             return "spatial", (
                 f"The encoder declares {group.name}, not {transform.name}: its maps are held to move as images (the spatial "
                 "action), which leaves the orientations where they are. An error here may be the declaration's, not the "
-                "model's."
+                f"model's: --transform {group.name} asks for its own."
             )
         return "spatial", (
             f"The encoder declares no action of {transform.name}, so its maps are held to move as images (the spatial action)."

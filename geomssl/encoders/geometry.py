@@ -14,6 +14,9 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from geomssl.transforms.base import Size
 
 Axis = tuple[float, float]
+Axes = tuple[int, int]
+LAST: Axes = (-2, -1)
+CHANNELS_LAST: Axes = (-3, -2)
 
 
 @dataclass(frozen=True)
@@ -60,9 +63,9 @@ class Geometry:
 def geometry(features: Callable[[Tensor], Tensor], images: Tensor) -> Geometry:
     """The geometry of features (..., h, w) = features(images), images (n, C, H, W), by following one pass.
 
-    Convolutions, pools, padding and adaptive pools whose sizes divide are followed; whatever leaves the last two axes as
-    they are passes its input's geometry on. Where another operation changes them, or two paths disagree, the ratio of
-    sizes stands in. Put a model in eval mode before: the pass runs it as it is.
+    Convolutions, pools, padding and adaptive pools whose sizes divide are followed, and axes that change their order; whatever
+    leaves the places as they are passes its input's geometry on. Where another operation changes them, or two paths
+    disagree, the ratio of sizes stands in. Put a model in eval mode before: the pass runs it as it is.
     """
     output, follower = follow(features, images)
     found = follower.known(output)
@@ -87,48 +90,102 @@ class Follower(TorchFunctionMode):
         super().__init__()
         # Tensors are kept so that no address is used twice. Those without geometry depend on the image all the same.
         self.tensors: dict[int, tuple[Tensor, Geometry | None]] = {}
+        # Where (y, x) lie, counted from the last axis, if not at the last two.
+        self.axes: dict[int, Axes] = {}
         self.grids: list[tuple[Size, Geometry]] = []
         self.remember(images, Geometry((1.0, 1.0), (0.0, 0.0), reach=(0.0, 0.0)))
 
-    def known(self, tensor: Any) -> Geometry | None:
-        return self.tensors.get(id(tensor), (None, None))[1]
+    def known(self, tensor: Any, axes: Axes = LAST) -> Geometry | None:
+        """The geometry of a tensor whose (y, x) lie on these axes; None where it has none, or on others."""
+        return self.tensors.get(id(tensor), (None, None))[1] if self.lie(tensor) == axes else None
+
+    def lie(self, tensor: Tensor) -> Axes:
+        return self.axes.get(id(tensor), LAST)
 
     def remember(self, tensor: Tensor, found: Geometry | None) -> None:
         self.tensors[id(tensor)] = (tensor, found)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        before = [(self.known(t), tuple(t.shape)) for t in tensors((args, kwargs)) if id(t) in self.tensors]
+        before = [t for t in tensors((args, kwargs)) if id(t) in self.tensors]
+        given = [(self.tensors[id(t)][1], self.lie(t), tuple(t.shape)) for t in before]
         output = func(*args, **kwargs)
+        name = (resolve_name(func) or getattr(func, "__name__", "")).rsplit(".", 1)[-1]
         for tensor in tensors(output) if before else ():
-            self.remember(tensor, self.after(func, args, kwargs, before, tensor))
+            found, axes = self.after(name, args, kwargs, given, tensor)
+            self.remember(tensor, found)
+            if axes != LAST:
+                self.axes[id(tensor)] = axes
+            else:
+                self.axes.pop(id(tensor), None)
         return output
 
-    def after(self, func: Any, args: Any, kwargs: Any, before: list[Any], output: Tensor) -> Geometry | None:
-        """The geometry of one output of one call on tensors that depend on the image."""
-        name = (resolve_name(func) or getattr(func, "__name__", "")).rsplit(".", 1)[-1]
-        given = [(found, shape) for found, shape in before if found is not None]
+    def after(
+        self, name: str, args: Any, kwargs: Any, before: list[tuple[Geometry | None, Axes, tuple[int, ...]]], output: Tensor
+    ) -> tuple[Geometry | None, Axes]:
+        """The geometry of one output of one call on tensors that depend on the image, and the axes on which (y, x) lie."""
+        given = [(found, axes, shape) for found, axes, shape in before if found is not None]
         if not given or output.dim() < 3:
-            return None
+            return None, LAST
+        found, axes, shape = given[0]
         if name in LAYERS:
-            found, shape = given[0]
-            step = LAYERS[name](shape[-2:], tuple(output.shape[-2:]), *args[1:], **kwargs)
+            step = LAYERS[name](shape[-2:], tuple(output.shape[-2:]), *args[1:], **kwargs) if axes == LAST else None
             moved = None if step is None else found.then(*step)
             if moved is not None and name == "conv2d":
                 self.grids.append(((output.shape[-2], output.shape[-1]), moved))
-            return moved
+            return moved, LAST
+        if name in ORDERS:
+            order = ordered(name, args, kwargs, len(shape))
+            return (None, LAST) if order is None else (found, (order.index(axes[0] % len(shape)) - len(shape),
+                                                               order.index(axes[1] % len(shape)) - len(shape)))
+        # The last axis alone is mixed: channels, where (y, x) lie before it.
+        normal = _listed(kwargs.get("normalized_shape", args[1:2])) if name == "layer_norm" else [1]
+        mixes = name in LAST_ONLY and -1 not in axes and len(normal) == 1
         # Attributes such as T and mT turn a map round; the others that matter are no tensors.
-        if name in MOVES or name == "__get__":
-            return None
-        size = tuple(output.shape[-2:])
-        placed = [found for found, shape in given if tuple(shape[-2:]) == size]
+        if (name in MOVES and not mixes) or name == "__get__":
+            return None, LAST
+
+        def size(shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
+            return tuple(shape[a] if -a <= len(shape) else 1 for a in axes)
+
+        placed = [(found, axes) for found, axes, shape in given if size(shape, axes) == size(tuple(output.shape), axes)]
         # One number for a whole map, spread over it, is a statistic of the image and no place.
-        spread = [shape for _, shape in given if tuple(shape[-2:]) != size]
-        if not placed or any(set(shape[-2:]) != {1} for shape in spread) or any(other != placed[0] for other in placed):
-            return None
-        if name in GLOBAL or spread or len(given) < len(before):
-            return replace(placed[0], reach=(math.inf, math.inf))
-        return replace(placed[0], reach=(max(g.reach[0] for g in placed), max(g.reach[1] for g in placed)))
+        spread = [size(shape, axes) for _, axes, shape in given if size(shape, axes) != size(tuple(output.shape), axes)]
+        if not placed or any(set(left) != {1} for left in spread) or any(other != placed[0] for other in placed):
+            return None, LAST
+        found, axes = placed[0]
+        if axes != LAST and any(len(shape) != output.dim() for _, _, shape in given):
+            return None, LAST
+        if (name in GLOBAL and not mixes) or spread or len(given) < len(before):
+            return replace(found, reach=(math.inf, math.inf)), axes
+        reaches = [g.reach for g, _ in placed]
+        return replace(found, reach=(max(r[0] for r in reaches), max(r[1] for r in reaches))), axes
+
+
+def ordered(name: str, args: Any, kwargs: Any, dims: int) -> list[int] | None:
+    """The order of the axes that a call gives: output axis i is input axis order[i]; None where that is not read."""
+    order = list(range(dims))
+    if name in ("permute", "movedim", "moveaxis") and not kwargs:
+        first, *rest = args[1:]
+        if name == "permute":
+            return [d % dims for d in (_listed(first) if not rest else [first, *rest])]
+        sources, targets = ([d % dims for d in _listed(v)] for v in (first, rest[0]))
+        kept = [d for d in order if d not in sources]
+        for target, source in sorted(zip(targets, sources, strict=True)):
+            kept.insert(target, source)
+        return kept
+    if name in ("transpose", "swapaxes", "swapdims") and not kwargs:
+        a, b = (d % dims for d in args[1:3])
+        order[a], order[b] = order[b], order[a]
+        return order
+    return None
+
+
+def _listed(value: Any) -> list[int]:
+    """One number, or several that may lie in a tuple of their own."""
+    while isinstance(value, tuple) and len(value) == 1 and isinstance(value[0], (tuple, list)):
+        value = value[0]
+    return [int(v) for v in value] if isinstance(value, (tuple, list)) else [int(value)]
 
 
 def tensors(values: Any) -> Iterator[Tensor]:
@@ -144,10 +201,16 @@ def tensors(values: Any) -> Iterator[Tensor]:
 
 # Calls that may keep the size of a map and yet move its pixels.
 MOVES = {
-    "roll", "flip", "fliplr", "flipud", "rot90", "transpose", "swapaxes", "permute", "t", "T", "mT", "grid_sample", "matmul",
+    "roll", "flip", "fliplr", "flipud", "rot90", "t", "T", "mT", "grid_sample", "matmul",
     "bmm", "einsum", "linear", "gather", "scaled_dot_product_attention", "reshape_as", "fft2", "ifft2", "sort", "cumsum",
     "pixel_shuffle", "pixel_unshuffle", "index_select", "take_along_dim",
 }
+
+# Calls that change the order of the axes.
+ORDERS = {"permute", "movedim", "moveaxis", "transpose", "swapaxes", "swapdims"}
+
+# Calls that mix the last axis alone.
+LAST_ONLY = {"linear", "layer_norm"}
 
 # Calls in which every pixel of a map sees all of it.
 GLOBAL = {"instance_norm", "group_norm", "layer_norm", "softmax", "log_softmax", "softmin"}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from geomssl import encoders
-from geomssl.encoders.geometry import Geometry, geometry
+from geomssl.encoders.geometry import CHANNELS_LAST, Geometry, follow, geometry
 
 
 def centre(model, size, index):
@@ -18,6 +18,33 @@ def centre(model, size, index):
     weight = x.grad[0, 0].abs()
     place = torch.arange(size, dtype=torch.float64)
     return float((weight.sum(1) * place).sum() / weight.sum()), float((weight.sum(0) * place).sum() / weight.sum())
+
+
+class NextBlock(nn.Module):
+    """A block as ConvNeXt has it: a wide convolution, then channels last, linear maps, and back."""
+
+    def __init__(self, channels, norm=False):
+        super().__init__()
+        self.wide = nn.Conv2d(channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels) if norm else nn.Identity()
+        self.up, self.down = nn.Linear(channels, 4 * channels), nn.Linear(4 * channels, channels)
+        self.scale = nn.Parameter(torch.ones(channels))
+
+    def forward(self, x):
+        last = self.down(F.gelu(self.up(self.norm(self.wide(x).permute(0, 2, 3, 1)))))
+        return x + (self.scale * last).permute(0, 3, 1, 2)
+
+
+class ChannelsLast(nn.Module):
+    """Channels last from the stem to the end, as Swin and MetaFormers hold them."""
+
+    def __init__(self, back=True):
+        super().__init__()
+        self.stem, self.mix, self.back = nn.Conv2d(1, 3, 5, 4, 1), nn.Linear(3, 3), back
+
+    def forward(self, x):
+        last = self.mix(self.stem(x).movedim(1, -1)).relu()
+        return last.transpose(2, 3).transpose(1, 2) if self.back else last
 
 
 def positive(module):
@@ -38,19 +65,24 @@ NETS = {
     "stem": lambda: nn.Sequential(
         nn.Conv2d(1, 2, 7, stride=2, padding=3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.AvgPool2d(3, 2, 1)
     ),
+    "next": lambda: nn.Sequential(nn.Conv2d(1, 2, 4, 4), NextBlock(2), nn.Conv2d(2, 2, 2, 2), NextBlock(2)),
+    "last": ChannelsLast,
     "adaptive": lambda: nn.Sequential(nn.AdaptiveAvgPool2d(16), nn.Conv2d(1, 1, 3, stride=2, padding=1)),
 }
+
+
+SIZES = {"adaptive": 32, "next": 193}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", NETS)
 def test_a_feature_pixel_sits_where_it_looks(name):
-    model = positive(NETS[name]()).eval()
-    size = 32 if name == "adaptive" else 33
+    model, size = positive(NETS[name]()).eval(), SIZES.get(name, 33)
     with torch.no_grad():
-        found = geometry(model, torch.zeros(1, 1, size, size, dtype=torch.float64))
+        x = torch.zeros(1, 1, size, size, dtype=torch.float64)
+        found, middle = geometry(model, x), model(x).shape[-1] // 2
     assert found.source == "layers"
-    for index in (3, 4):
+    for index in (middle - 1, middle) if size > 100 else (3, 4):
         looked = centre(model, size, index)
         for axis in (0, 1):
             assert found.offset[axis] + found.stride[axis] * index == pytest.approx(looked[axis], abs=1e-9)
@@ -59,15 +91,46 @@ def test_a_feature_pixel_sits_where_it_looks(name):
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("name", NETS)
 def test_a_feature_pixel_sees_exactly_as_far_as_its_reach(name):
-    model = positive(NETS[name]()).eval()
-    size = 32 if name == "adaptive" else 33
+    model, size = positive(NETS[name]()).eval(), SIZES.get(name, 33)
     x = torch.rand(1, 1, size, size, dtype=torch.float64, requires_grad=True)
-    found = geometry(model, x.detach())
-    model(x)[..., 4, 4].sum().backward()
+    found, output = geometry(model, x.detach()), model(x)
+    index = output.shape[-1] // 2 if size > 100 else 4
+    output[..., index, index].sum().backward()
     for axis in (0, 1):
         seen = x.grad[0, 0].abs().sum(1 - axis).nonzero().flatten()
-        place = found.offset[axis] + 4 * found.stride[axis]
+        place = found.offset[axis] + index * found.stride[axis]
         assert (int(seen[0]), int(seen[-1])) == (place - found.reach[axis], place + found.reach[axis])
+
+
+def test_channels_last_are_followed_in_the_middle_and_at_the_end():
+    x = torch.rand(1, 1, 33, 33)
+    block = nn.Sequential(nn.Conv2d(1, 2, 4, 4), NextBlock(2, norm=True), nn.Conv2d(2, 2, 3, 2, 1)).eval()
+    found = geometry(block, x)
+    assert found == Geometry((8.0, 8.0), (1.5, 1.5), "layers")
+    # The ratio of sizes would be 33 / 4.
+    assert found.reach == (1.5 + 12 + 4,) * 2
+    model = ChannelsLast(back=False)
+    _, follower = follow(model, x)
+    (last,) = [t for t, g in follower.tensors.values() if g is not None and tuple(t.shape) == (1, 8, 8, 3)][-1:]
+    assert follower.known(last) is None
+    assert follower.known(last, CHANNELS_LAST) == Geometry((4.0, 4.0), (1.0, 1.0), "layers")
+    assert geometry(encoders.wrap(model, in_channels=1).eval().fibres, x) == Geometry((4.0, 4.0), (1.0, 1.0), "layers")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.linear(x, torch.eye(8)),
+        lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (8, 4)).permute(0, 3, 1, 2),
+        lambda x: F.conv2d(x.permute(0, 2, 3, 1), torch.ones(8, 8, 1, 1)).permute(0, 3, 1, 2),
+        lambda x: x + x.permute(0, 1, 3, 2),
+        lambda x: x.permute(0, 2, 3, 1).flatten(1, 2).unflatten(1, (8, 8)).permute(0, 3, 1, 2),
+        lambda x: x.permute(0, 2, 3, 1).permute(0, 3, 2, 1),
+    ],
+)
+def test_channels_last_that_lose_their_places_are_not_followed(function):
+    found = geometry(function, torch.rand(2, 4, 8, 8))
+    assert found.source == "sizes" or found.reach == (math.inf, math.inf)
 
 
 @pytest.mark.parametrize(
