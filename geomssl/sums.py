@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import zipfile
 from dataclasses import dataclass
 
 import numpy as np
@@ -68,5 +69,5 @@ def unpack(data: bytes) -> Sums:
         with np.load(io.BytesIO(data), allow_pickle=False) as held:
             above, below = (torch.from_numpy(held[name]).double() for name in ("numerators", "denominators"))
             return Sums(above, below, str(held["key"]), str(held["word"]))
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise GeomsslError(f"{FILE} is damaged: {error}", "a whole artifact folder", reason="damaged") from None

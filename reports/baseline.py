@@ -1,7 +1,7 @@
 """An artifact against a baseline: only where both were measured in the same way, else the field that differs is named.
 
-Where both keep the sums of the same images, the increase of each element's total is bounded image by image (pairing.py), widened
-by what resampling may do in either. Elsewhere conservatively, from the two intervals: [low − baseline's high, high −
+Where both keep the sums of the same images, the increase of each total is bounded image by image (pairing.py), widened by
+what resampling may do in either. Elsewhere conservatively, from the two intervals: [low − baseline's high, high −
 baseline's low], of which each end is wrong only where one of two bounds is: at level 95 % at most 5 % of the time.
 """
 

@@ -1,6 +1,6 @@
 """The increase of a total error over a baseline's, image by image: where both artifacts keep the sums of the same images.
 
-    R = sum_i numerator_i / sum_i denominator_i now,  S the same in the baseline;  increase sqrt(R) - sqrt(S),  ratio sqrt(R / S)
+    R = sum_i numerator_i / sum_i denominator_i now, S that of the baseline;  increase sqrt(R) - sqrt(S), ratio sqrt(R / S)
 
 What makes an image hard makes it hard in both, so the increase varies far less than two totals measured apart.
 """
