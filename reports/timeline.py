@@ -7,18 +7,24 @@ from collections.abc import Sequence
 from typing import Any
 
 from geomssl.artifact import Artifact, Figure, Metric, Table
+from geomssl.reports.compare import PANELS
 
 PROBE = "timeline"
 TITLE = "Over training"
 # lines in one figure; the table holds every metric
 LINES = 8
+# drawn first, as the geometry paper does (Fig. 1, 6 and 7); the others follow in their probe's order
+LEADING = {
+    "rank": ("rank_projector_layer_0", "effective_rank_projector_layer_0", "effective_rank_h", "rank_h"),
+    "tangent": ("unexplained_batch", "label_match_batch", "label_match_coarse_batch", "unexplained", "label_match"),
+}
 
 
 def courses(artifacts: Sequence[Artifact]) -> list[Artifact]:
     """One artifact for every run and question that was measured at two steps or more.
 
-    Its table has a row for every metric and step; its figures draw the metrics of one unit against the step, so that the
-    report lays runs over each other as it does everywhere.
+    Its table has a row for every metric and step; its figures draw the metrics of one unit against the step, the same for
+    all runs: of several, so few that each metric has a panel in which the runs lie over each other.
     """
     groups = [group for group in _groups(artifacts) if len(group) > 1]
     asked: dict[str, list[dict[str, Any]]] = {}
@@ -28,7 +34,8 @@ def courses(artifacts: Sequence[Artifact]) -> list[Artifact]:
     for group in groups:
         mine, others = group[0].options, asked[group[0].probe]
         differing = {k: v for k, v in mine.items() if any(other.get(k) != v for other in others)}
-        found.append(_course(group, {"probe": group[0].probe, **differing}))
+        same = [one for one in groups if (one[0].probe, one[0].options_hash) == (group[0].probe, group[0].options_hash)]
+        found.append(_course(group, _moving(same), LINES if len(same) == 1 else PANELS, {"probe": group[0].probe, **differing}))
     return found
 
 
@@ -51,7 +58,7 @@ def _groups(artifacts: Sequence[Artifact]) -> list[list[Artifact]]:
     return [sorted(group, key=lambda one: int(one.step or 0)) for group in found.values()]
 
 
-def _course(group: Sequence[Artifact], options: dict[str, Any]) -> Artifact:
+def _course(group: Sequence[Artifact], drawn: dict[str, list[str]], most: int, options: dict[str, Any]) -> Artifact:
     last = group[-1]
     metrics = [m for m in last.metrics if any(_find(one, m.name) for one in group[:-1])]
     named = [m.name for m in metrics]
@@ -72,10 +79,10 @@ def _course(group: Sequence[Artifact], options: dict[str, Any]) -> Artifact:
         "low, high: the interval of each figure by itself, where it has one.",
     )
     tables, figures = [table], []
-    for number, (unit, some) in enumerate(_by_unit(metrics, table).items()):
-        left = len(some) - len(some[:LINES])
+    for number, (unit, some) in enumerate(drawn.items()):
+        left = len(some) - len(some[:most])
         name = f"{last.probe}-{number + 1}"
-        tables.append(Table(name, f"{last.title} over training", _rows(table, some[:LINES])))
+        tables.append(Table(name, f"{last.title} over training", _rows(table, some[:most])))
         more = f" {left} further metrics stand in the table of all." if left else ""
         figures.append(Figure(
             name, "line", f"{last.title} over training", f"At {len(group)} steps; step 0 is the initialisation.{more}",
@@ -92,21 +99,28 @@ def _find(one: Artifact, name: str) -> Metric | None:
     return next((m for m in one.metrics if m.name == name), None)
 
 
-def _by_unit(metrics: Sequence[Metric], table: Table) -> dict[str, list[str]]:
-    """Names of the metrics of each unit, those that never move or were never given left out."""
-    seen: dict[str, set[float]] = {}
-    for name, value in zip(table.columns["metric"], table.columns["value"], strict=True):
-        if value is not None:
-            seen.setdefault(name, set()).add(value)
+def _moving(groups: Sequence[Sequence[Artifact]]) -> dict[str, list[str]]:
+    """Names of the metrics of each unit, the leading ones first; those that move in no run, or were never given, left out."""
+    units: dict[str, str] = {}
+    moving: set[str] = set()
+    for group in groups:
+        seen: dict[str, set[float]] = {}
+        for one in group:
+            for m in one.metrics:
+                units.setdefault(m.name, m.unit)
+                if m.value is not None:
+                    seen.setdefault(m.name, set()).add(float(m.value))
+        moving |= {name for name, values in seen.items() if len(values) > 1}
+    leading = LEADING.get(groups[0][0].probe, ())
     found: dict[str, list[str]] = {}
-    for m in metrics:
-        if len(seen.get(m.name, ())) > 1:
-            found.setdefault(m.unit, []).append(m.name)
+    for name in (*leading, *(name for name in units if name not in leading)):
+        if name in moving:
+            found.setdefault(units[name], []).append(name)
     return found
 
 
 def _rows(table: Table, some: Sequence[str]) -> dict[str, list[Any]]:
-    kept = [i for i, name in enumerate(table.columns["metric"]) if name in some]
+    kept = [i for name in some for i, own in enumerate(table.columns["metric"]) if own == name]
     return {key: [column[i] for i in kept] for key, column in table.columns.items()}
 
 

@@ -84,3 +84,22 @@ def test_the_page_has_the_section_and_leaves_the_middle_steps_to_it() -> None:
     assert "geomssl report a b -o report.html" in page
     plain = render([at(None, rank_h=1.0)])
     assert "Over training" not in plain
+
+
+def test_runs_draw_the_same_metrics_and_the_papers_come_first() -> None:
+    """One panel a metric with a line for each run, also for a metric that moves in one of the runs alone."""
+    def run(name: str, falls: float) -> list[Artifact]:
+        others = {f"rank_{i}": 5.0 + i for i in range(6)}
+        return [
+            at(s, run=name, **{k: v + s for k, v in others.items()}, rank_projector_layer_0=64 - falls * s, rank_still=1.0)
+            for s in (0, 9)
+        ]
+
+    courses = timeline.courses([*run("a", 0.0), *run("b", 2.0)])
+    drawn = [list(dict.fromkeys(c.table(c.figures[0].table).columns["metric"])) for c in courses]
+    assert drawn == [["rank_projector_layer_0", "rank_0", "rank_1", "rank_2"]] * 2
+    (question,) = compare.questions(courses)[1]
+    (plate,) = compare.plates(question, ["a", "b"])
+    assert [panel.title for panel in plate.panels] == drawn[0]
+    first = plate.panels[0].table.columns
+    assert list(zip(first["run"], first["value"], strict=True)) == [("a", 64.0), ("a", 64.0), ("b", 64.0), ("b", 46.0)]
