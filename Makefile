@@ -4,7 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-zoo bench stress lint types clean
+# e2cnn's and escnn's lie_learn is built for numpy 1; escnn names py3nj, which needs a Fortran compiler and nothing here.
+PEERS := numpy==1.26.4 e2cnn==0.2.3 e3nn==0.6.0 lie_learn==0.0.2 pymanopt==2.2.1 autograd==1.9.1 requests scikit-image==0.26.0
+
+.PHONY: demo test test-zoo test-peers bench bench-peers stress lint types clean
 
 demo: $(VENV)/.ready
 	$(BIN)/geomssl demo
@@ -15,6 +18,14 @@ test: $(VENV)/.ready
 # torchvision and timm: the comparison of the transforms and the adapters, in an environment of its own.
 test-zoo: .venv-zoo/.ready
 	.venv-zoo/bin/python -m pytest -m zoo tests/zoo
+
+# e2cnn, escnn and e3nn: the instrument against their own transforms, in an environment of its own.
+test-peers: .venv-peers/.ready
+	OMP_NUM_THREADS=1 .venv-peers/bin/python -m pytest -m peers tests/peers
+
+# Ratios against e2cnn and escnn, in that environment.
+bench-peers: .venv-peers/.ready
+	.venv-peers/bin/python benchmarks/run.py peers
 
 # Ratios against peers, in an environment of its own: make bench NAMES="views group_conv"
 bench: .venv-bench/.ready
@@ -41,6 +52,13 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	.venv-zoo/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt timm
 	@touch $@
 
+.venv-peers/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-peers || { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv-peers; }
+	grep -v '^numpy==' constraints.txt > .venv-peers/constraints.txt
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --constraint .venv-peers/constraints.txt --editable '.[test]' $(PEERS)
+	.venv-peers/bin/python -m pip --disable-pip-version-check install --quiet --no-deps escnn==1.0.11
+	@touch $@
+
 .venv-bench/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-bench || { $(PYTHON) -m pip install --quiet --user virtualenv && $(PYTHON) -m virtualenv --quiet .venv-bench; }
 	.venv-bench/bin/python -m pip --disable-pip-version-check install --quiet --constraint constraints.txt --editable . kornia==0.9.0
@@ -48,4 +66,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf .venv .venv-zoo .venv-bench build dist *.egg-info demo
+	rm -rf .venv .venv-zoo .venv-peers .venv-bench build dist *.egg-info demo
