@@ -15,7 +15,9 @@ from geomssl.errors import GeomsslError
 from geomssl.probes import subject as subjects
 from geomssl.probes.assurance import METHOD, bootstrap_ratio, interval, resampled_sums
 from geomssl.probes.changes import Pairs, Target, factor_pairs, moved_pairs, r2, usable
-from geomssl.probes.linear import check_frozen, train_sample, wilson
+from geomssl.probes.classifier import wilson
+from geomssl.probes.fitting import held_out
+from geomssl.probes.question import check_frozen, train_sample
 from geomssl.probes.regressor import fit, projected
 from geomssl.probes.subject import Layer, Part, Subject
 from geomssl.seeding import generator
@@ -134,7 +136,7 @@ def _read(
     subject: Subject, train: Pairs, test: Pairs, transform: Transform | None, options: Options, notes: list[str]
 ) -> list[Reading]:
     """The regressor on every kind of features, the shuffled null after the encoder's own."""
-    held = _held_out(train.unit, options.held_out, options.seed)
+    held = held_out(train.unit, options.held_out, options.seed)
     fitted_on, aside = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
     twin = subject.random_twin()
     if twin is None:
@@ -177,14 +179,6 @@ def _both(
         features = of.features(both, layer, part)
         one, two = features[back[: len(pairs.first)]], features[back[len(pairs.first) :]]
     return torch.cat([projected(one, seed), projected(two, seed)], dim=1)
-
-
-def _held_out(unit: Tensor, share: float, seed: int) -> Tensor:
-    """bool (n,): the pairs of a drawn share of the units, at least one and not all, so that no object is on both sides."""
-    count = int(unit.max()) + 1
-    aside = max(1, min(count - 1, round(share * count)))
-    drawn = torch.randperm(count, generator=generator(seed, "regress-held-out"))[:aside]
-    return torch.isin(unit, drawn)
 
 
 @dataclass(frozen=True)

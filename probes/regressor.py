@@ -12,6 +12,7 @@ from torch import Tensor
 
 from geomssl.errors import GeomsslError
 from geomssl.probes import checks
+from geomssl.probes.fitting import standard
 from geomssl.progress import track
 from geomssl.seeding import generator
 
@@ -52,9 +53,9 @@ def fit(
         )
     exact = [checks.matrix(values, "features") for values in (train, held, test)]
     wanted, aside = (checks.matrix(values, "targets") for values in (targets, held_targets))
-    mean, scale = _standard(exact[0])
+    mean, scale = standard(exact[0])
     rows, others, asked = (((values - mean) * scale).float() for values in exact)
-    centre, shrink = _standard(wanted)
+    centre, shrink = standard(wanted)
     layers = _initial(len(decays), (rows.shape[1], hidden, hidden, wanted.shape[1]), seed)
     _train(layers, rows, ((wanted - centre) * shrink).float(), seed, steps, decays)
     with torch.no_grad():
@@ -72,12 +73,6 @@ def projected(features: Tensor, seed: int) -> Tensor:
     draw = generator(seed, "regress-project", features.shape[1])
     directions = torch.randn(features.shape[1], WIDEST, generator=draw) / math.sqrt(WIDEST)
     return torch.cat([chunk.float() @ directions for chunk in features.split(4096)])
-
-
-def _standard(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and 1 / standard deviation of each column; 0 where it varies no more than float32 rounds."""
-    mean, std = values.mean(dim=0), values.std(dim=0, correction=0)
-    return mean, torch.where(std > 1e-6 * mean.abs(), 1 / std.clamp(min=1e-300), 0.0)
 
 
 def _initial(count: int, widths: Sequence[int], seed: int) -> list[Tensor]:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from geomssl.data.base import Resident
 from geomssl.errors import GeomsslError
 from geomssl.probes.changes import encode, factor_pairs, r2, relative
-from geomssl.probes.regress import Options, _held_out, probe
+from geomssl.probes.fitting import held_out
+from geomssl.probes.regress import Options, probe
 from geomssl.probes.regressor import DECAYS, fit, projected
 from geomssl.probes.subject import Subject
 from geomssl.transforms.base import Parameter, Transform
@@ -165,12 +166,12 @@ def test_every_image_is_paired_once_with_another_of_its_object() -> None:
         factor_pairs(Subject(Scene(), lone, train=lone), torch.arange(8), "own", 0)
 
 
-def test_held_out_pairs_share_no_object_with_the_others() -> None:
+def testheld_out_pairs_share_no_object_with_the_others() -> None:
     unit = torch.arange(60) % 10
-    held = _held_out(unit, 0.2, 0)
+    held = held_out(unit, 0.2, 0)
     assert int(held.sum()) == 12
     assert not set(unit[held].tolist()) & set(unit[~held].tolist())
-    assert 0 < int(_held_out(torch.arange(2), 0.01, 0).sum()) < 2
+    assert 0 < int(held_out(torch.arange(2), 0.01, 0).sum()) < 2
 
 
 class Flip(Transform):
