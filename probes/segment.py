@@ -13,7 +13,7 @@ from torch import Tensor
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
-from geomssl.probes import pictures
+from geomssl.probes import elsewhere, pictures
 from geomssl.probes import subject as subjects
 from geomssl.probes.assurance import interval
 from geomssl.probes.decoders import Kind
@@ -32,6 +32,7 @@ FEW = "fewer than two of them, or a resample without a named pixel"
 class Options(subjects.Options):
     """Settings of the segmentation probe."""
 
+    to: str | None = Field(None, description="another data set with masks, NAME or NAME:PATH  [default: the measured one]")
     decoder: Kind = Field("hypernetwork", description="what reads the map: weights made for each patch, or a linear classifier")
     frozen: bool = Field(True, description="keep the encoder as it is, in eval mode; else a copy of it learns along")
     steps: int = Field(300, ge=1, description="training steps of the decoder")
@@ -56,6 +57,8 @@ class Reading:
 def probe(subject: Subject, options: Options) -> Artifact:
     """Intersection over union and accuracies of pixels on the measured split, the random encoder and chance beside."""
     check_frozen(subject.encoder)
+    if options.to is not None:
+        subject = elsewhere.carried(subject, options.to)
     regions = _regions(subject)
     rows, known = subject.choose(options), train_sample(subject, options.train_n, options.seed)
     unit, word = _units(subject, rows)

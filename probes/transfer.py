@@ -10,16 +10,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from geomssl import data
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.data.base import Source, Split
-from geomssl.data.derived import fitted
 from geomssl.errors import GeomsslError
+from geomssl.probes import elsewhere
 from geomssl.probes import subject as subjects
 from geomssl.probes.assurance import bootstrap_mean, interval, resampled_sums
 from geomssl.probes.linear import check_frozen, fit, train_sample, wilson
 from geomssl.probes.subject import Subject
-from geomssl.registry import resolve
 
 RESAMPLES = 2000
 WILSON = "Wilson score, 95 %"
@@ -99,16 +97,12 @@ def _sources(options: Options, split: Split, channels: int, size: int) -> list[S
         raise GeomsslError("transfer to no data set", "--to NAME, such as --to fashion-mnist", reason="no-target")
     sources = []
     for name in dict.fromkeys(options.to):
-        section = data.section(name)
-        fields = resolve("dataset", section["name"]).Config.model_fields
-        own: dict[str, Any] = {"size": size, "download": options.download}
-        section |= {key: value for key, value in own.items() if key in fields}
-        source = data.load_config(data.configure(section, f"--to {name}"), split)
+        source = elsewhere.source(name, split, channels, size, options.download)
         if source.labels is None:
             raise GeomsslError(f"transfer to {source.name}, which has no labels", "a labelled data set", reason="no-labels")
         if len(source) < 2:
             raise GeomsslError(f"{len(source)} images in {source.name}/{split}", "at least 2", reason="too-few-images")
-        sources.append(fitted(source, channels, size))
+        sources.append(source)
     return sources
 
 

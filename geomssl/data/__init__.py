@@ -46,9 +46,19 @@ def load_config(config: Settings, split: Split) -> Source:
         drawn = torch.randperm(len(source), generator=generator(config.seed, f"limit-{split}"))  # type: ignore[attr-defined]
         source = source.some(drawn[:limit].sort().values)
     if os.environ.get("RANK", "0") == "0":
-        for note in source.notes:
+        for note in [*source.notes, *_absent(source)]:
             print(f"geomssl: {source.name}/{split}: {note}", file=sys.stderr)
     return source
+
+
+def _absent(source: Source) -> list[str]:
+    """A sentence on the classes that have no image in a split that has some."""
+    if source.labels is None or not len(source):
+        return []
+    gone = (source.labels.bincount(minlength=len(source.classes)) == 0).nonzero()[:, 0].tolist()
+    if not gone:
+        return []
+    return [f"{len(gone)} of {len(source.classes)} classes have no image here; the first: {source.classes[gone[0]]}"]
 
 
 def same_images(one: Settings, other: Settings) -> bool:

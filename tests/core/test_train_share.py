@@ -1,15 +1,17 @@
 """Training on a drawn share of the images (row X6): nested, by class, and nothing else is ever touched."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from geomssl import data, training
+from geomssl import data, sweep, training
 from geomssl.cli import main
 from geomssl.data.base import Resident
 from geomssl.data.derived import Part, share
 from geomssl.errors import GeomsslError
 from geomssl.probes import load
-from geomssl.recipe import build, seen
+from geomssl.recipe import build, installed, seen
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +125,28 @@ def test_what_could_not_be_written_is_refused_before_anything_is_trained(tmp_pat
     monkeypatch.setattr(training.Trainer, "__init__", lambda *given: pytest.fail("it began"))
     assert main(["train", "--resume", str(tmp_path / "run.pt"), "--device", "cpu"]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", ["", "-small"])
+def test_the_table_gives_sie_and_supervised_a_fifth_and_as_many_steps(size, tmp_path):
+    plan = sweep.plan(installed()[f"equivariant/table3{size}"], tmp_path)
+    cells = {unit.cell: unit.recipe for unit in plan.units}
+    whole = cells["reconstruction"]
+    assert whole.train_share == 1
+    for name, cell in cells.items():
+        assert cell.train_share == (0.2 if name.endswith("fifth") else 1)
+        assert cell.epochs * cell.train_share == pytest.approx(whole.epochs)
+    assert {"sie-all-fifth", "supervised-fifth"} <= cells.keys()
+
+
+def test_an_absent_class_is_told_when_its_split_is_read(tmp_path, capsys):
+    for split, names in (("train", "ab"), ("test", "b")):
+        for name in names:
+            for k in range(2):
+                path = tmp_path / split / name / f"{k}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.full((4, 4), 50 * k + 9, np.uint8)).save(path)
+    data.load(f"folder:{tmp_path}", "train")
+    assert not capsys.readouterr().err
+    data.load(f"folder:{tmp_path}", "test")
+    assert "1 of 2 classes have no image here; the first: a" in capsys.readouterr().err
