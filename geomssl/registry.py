@@ -84,6 +84,7 @@ BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
         "segment": ("geomssl.probes.segment", "the region of every pixel, read by a small decoder; mIoU and accuracies"),
         "regress": ("geomssl.probes.regress", "is what was done readable from both views: R2 per parameter, beside its null"),
         "embed": ("geomssl.probes.embed", "a PaCMAP map of the features with its trustworthiness"),
+        "reconstructions": ("geomssl.probes.reconstructions", "what the decoder of reconstruction paints, beside its target"),
         "saliency": ("geomssl.probes.saliency", "FullGrad maps with their residual, and other methods by name"),
     },
 }
