@@ -10,7 +10,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
-from geomssl.errors import GeomsslError, unknown
+from geomssl.errors import GeomsslError, nearest, unknown
 
 # kind -> name -> (where it lives, one line of help). Read by --help, so nothing here imports anything heavy.
 BUILTIN: dict[str, dict[str, tuple[str, str]]] = {
@@ -154,6 +154,9 @@ def _load(path: str) -> Any:
     if not module.endswith(".py") and not all(part.isidentifier() for part in module.split(".")):
         raise ImportError(f"{module!r} is no name of a module")
     loaded = _load_file(module) if module.endswith(".py") else importlib.import_module(module)
+    if attribute and not hasattr(loaded, attribute):
+        near = nearest(attribute, [name for name in vars(loaded) if not name.startswith("_")])
+        raise AttributeError(f"{module} has no {attribute!r}" + (f", but {near!r}" if near else ""))
     return getattr(loaded, attribute) if attribute else loaded
 
 

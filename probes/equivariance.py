@@ -37,6 +37,9 @@ __all__ = [
     "assert_equivariant", "elements", "equivariance_error", "equivariance_errors", "fit_action", "label", "prepare", "probe",
 ]
 
+# Images that assert_equivariant draws; docs/equivariance.md says what they decide.
+ENOUGH = 32
+
 Model = Callable[[Tensor], Tensor]
 Boundary = Literal["none", "crop", "circular"]
 Declaration = str | ActionFunction | Action
@@ -167,7 +170,7 @@ def assert_equivariant(
     action: Declaration = "regular",
     params: Tensor | None = None,
     *,
-    n: int = 16,
+    n: int = ENOUGH,
     in_channels: int | None = None,
     size: int | None = None,
     seed: int = 0,
@@ -175,6 +178,7 @@ def assert_equivariant(
 ) -> EquivarianceError:
     """Raise NotEquivariant, an AssertionError, unless the upper bound of the defect is under `tolerance` for every element.
 
+    The message names the limit, the worst element, its total error with the interval, and whether that holds the limit.
     images: None draws n seeded ones in [0, 1], half coarse and half fine noise, of in_channels (the model's own, else 3) and
     size (the model's own, else 32), in the model's dtype. params: None stands for every element but the identity of a finite
     group, else 16 seeded draws. options: those of equivariance_error. Degenerate features, and pairs that resample without a
@@ -200,12 +204,14 @@ def assert_equivariant(
             said = f"equivariance under {transform.name} cannot be asserted at {where}: {why}"
             raise NotEquivariant(said, found, judged=False)
     worst = int(found.bounds.high.argmax())
-    low, high = float(found.bounds.low[worst]), float(found.bounds.high[worst])
+    low, high, r = (float(v[worst]) for v in (found.bounds.low, found.bounds.high, found.resampling))
     if not high < tolerance:
+        open_ = f"; its interval holds the limit: {'smoother pictures' if r > 0 else 'more images (n)'} may narrow it"
         raise NotEquivariant(
             f"not equivariant under {transform.name}: expected total error < {tolerance:g} at every element, found "
-            f"{float(found.total[worst]):.3g} [{low:.3g}, {high:.3g}] at {names[worst]} (chance {CHANCE:.3g}, action size "
-            f"{float(found.action_size[worst]):.3g}, {found.n} images)", found, judged=True
+            f"{float(found.total[worst]):.3g} {'with the defect within ' if r > 0 else ''}[{low:.3g}, {high:.3g}] at "
+            f"{names[worst]} (chance {CHANCE:.3g}, action size {float(found.action_size[worst]):.3g}, {found.n} images)"
+            f"{open_ if low < tolerance else ''}", found, judged=True
         )
     return found
 

@@ -129,6 +129,14 @@ _PLAIN: dict[str, Callable[[], Transform]] = {
 }
 
 
+# What else people call these.
+ALSO = {
+    **dict.fromkeys(("p4", "z4", "rot90", "rotate90", "90", "90°"), "c4"), "p4m": "d4",
+    **dict.fromkeys(("so2", "so(2)", "rotation"), "rotate"), **dict.fromkeys(("shift", "translation", "roll"), "translate"),
+    **dict.fromkeys(("scale", "scaling", "resize"), "zoom"), **dict.fromkeys(("mirror", "reflection", "hflip"), "flips"),
+}
+
+
 def _plain(name: str) -> Transform:
     """A transform with its default settings."""
     if name in _PLAIN:
@@ -139,7 +147,9 @@ def _plain(name: str) -> Transform:
         return {"c": CyclicRotations, "d": Dihedral}[found[1]](int(found[2]))
     if ":" in name:
         return registry.load_attribute(name, "transform")()
-    raise unknown("transform", name, [*_PLAIN, *POLICIES, "blur", "crop"])
+    refused = unknown("transform", name, [*_PLAIN, *POLICIES, "blur", "crop"])
+    refused.nearest = ALSO.get(name, refused.nearest)
+    raise refused
 
 
 def _whole(transform: Transform) -> Tensor | None:
@@ -265,6 +275,10 @@ def _angle(arguments: _Arguments) -> Expression:
     span, values = arguments.one(("°",))
     kind = {"rotate": Rotate, "shear": Shear}[arguments.name]
     largest = max(abs(span.low), abs(span.high))
+    if kind is Rotate and largest > 180:
+        inside = dict.fromkeys(_shown((value + 180) % 360 - 180) for value in values)
+        near = "rotate(±180)" if not 0 < len(inside) <= 8 else f"rotate({', '.join(inside)})"
+        arguments.refuse("", "angles from -180 to 180 degrees", "c4" if values and not any(v % 90 for v in values) else near)
     made = _ranged(_checked(arguments, lambda: kind(largest)), span.low, span.high)
     return _listed(made, values, arguments.show())
 
@@ -325,6 +339,8 @@ def _shift(arguments: _Arguments) -> Expression:
     if amount.unit != "px":
         if wrap:
             arguments.refuse(words[0], "pixels, such as 8px, where shifts wrap")
+        if amount.high > 1:
+            arguments.refuse("", "a fraction of the side from 0 to 1, or pixels", f"translate({words[0]}px)")
         return Expression(_checked(arguments, lambda: Translate(amount.high)), None, _shown(amount.high))
     if wrap and amount.high != round(amount.high):
         arguments.refuse(words[0], "whole pixels where shifts wrap, or a grid such as 0..1px by 0.25")

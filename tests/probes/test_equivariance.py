@@ -336,7 +336,7 @@ class TestModes:
 class TestAssertEquivariant:
     def test_it_passes_what_is_equivariant_and_returns_the_figures(self):
         found = assert_equivariant(network(C4), C4, 1e-10, in_channels=1, size=9)
-        assert found.n == 16
+        assert found.n == 32
         encoder = encoders.build("c4-cnn", in_channels=2, widths=(2, 3, 4))
         assert_equivariant(encoder, C4, 1e-4)
 
@@ -345,6 +345,8 @@ class TestAssertEquivariant:
             assert_equivariant(network(C4), D4, 0.1, action="spatial", in_channels=1)
         assert "expected total error < 0.1" in str(caught.value)
         assert "chance 1.41" in str(caught.value)
+        assert "32 images)" in str(caught.value)
+        assert "holds the limit" not in str(caught.value)
         with pytest.raises(AssertionError, match=r"at 90°|at 270°"):
             assert_equivariant(lambda x: x + x.flip(2), C4, 0.1, images(), action="spatial")
 
@@ -362,7 +364,7 @@ class TestAssertEquivariant:
 
         found = equivariance_error(model, images(), Flips(), others(Flips()), "spatial")
         between = float(found.total + found.interval.high) / 2
-        with pytest.raises(AssertionError):
+        with pytest.raises(AssertionError, match="its interval holds the limit: more images"):
             assert_equivariant(model, Flips(), between, images(), action="spatial")
         assert_equivariant(model, Flips(), float(found.interval.high) * 1.01, images(), action="spatial")
 

@@ -131,6 +131,52 @@ class TestTheDistance:
         assert found.metric("defect").value is None
 
 
+class TestCoverage:
+    """Where the triangle inequality is an equality the bounds have nothing to spare: they must hold the defect even then.
+
+    Wrapped shifts by half a pixel of periodic pictures, f the identity, T the exact shift (a phase in the Fourier domain), T~
+    the bilinear one, rho = T~x - Tx. Declared: Γ = T - s (T~ - T). Then r = |rho|, the defect is |s| r, and total |1 + s| r:
+    s = 1 puts the defect at total - r, s = -2 at total + r.
+    """
+
+    PARAMS = torch.tensor([[0.5, 0.0], [0.0, 0.5]], dtype=torch.float64)
+
+    def shift(self, x, params):
+        k = torch.fft.fftfreq(x.shape[-1], dtype=torch.float64)
+        phase = torch.exp(-2j * math.pi * (params[:, 0, None, None] * k[:, None] + params[:, 1, None, None] * k))
+        return torch.fft.ifft2(torch.fft.fft2(x) * phase[:, None]).real
+
+    def declared(self, x, params, size):
+        s = torch.where(params[:, :1] != 0, 1.0, -2.0)[:, None, None]
+        exact = self.shift(x, params)
+        return exact - s * (Translations()(x, params) - exact)
+
+    def nature(self, n, seed):
+        """Pictures whose contrast differs widely."""
+        x = Fields(n, 1, 12, 0.3, periodic=True, seed=seed).images(torch.arange(n), dtype=torch.float64)
+        g = torch.Generator().manual_seed(seed)
+        return 0.5 + (x - 0.5) * torch.empty(n, 1, 1, 1, dtype=torch.float64).exponential_(generator=g).sqrt()
+
+    def test_total_plus_and_minus_r_hold_a_defect_that_lies_at_their_very_end(self):
+        trials, misses, many = 60, [0, 0], self.nature(2048, 10**6)
+        truth = []
+        for element in self.PARAMS:
+            rows = element.expand(len(many), 2)
+            missed = self.shift(many, rows) - self.declared(many, rows, (12, 12))
+            truth.append(float(missed.norm() / self.declared(many - many.mean(0), rows, (12, 12)).norm()))
+        for trial in range(trials):
+            found = equivariance_error(
+                nn.Identity(), self.nature(32, trial), Translations(), self.PARAMS, self.declared, resamples=400,
+                reference=Fields(48, 1, 12, 0.3, periodic=True, seed=10**5 + trial),
+            )
+            misses[0] += float(found.bounds.low[0]) > truth[0]
+            misses[1] += float(found.bounds.high[1]) < truth[1]
+            assert float(found.total[0]) > 1.5 * truth[0]
+            assert float(found.total[1]) < 0.75 * truth[1]
+        # 2.5 % are allowed at each end: six or more of 60 have a chance of .004
+        assert max(misses) <= 5
+
+
 class TestRendered:
     def test_where_only_the_image_would_be_resampled_total_is_the_defect(self):
         """The mean over a disc does not turn; a vector needs no reading between feature pixels."""

@@ -116,6 +116,7 @@ def test_a_group_that_the_encoder_does_not_declare_is_said_to_be_a_doubtful_decl
     notes = " ".join(probe(subject("c4-cnn"), Options(transform="c8")).notes)
     assert "declares c4, not c8" in notes
     assert "may be the declaration's" in notes
+    assert "--transform c4 asks for its own" in notes
 
 
 def test_a_headline_gives_no_verdict_where_nothing_is_merely_permuted():
@@ -209,7 +210,9 @@ def test_n_and_seed_choose_the_images():
         (lambda: probe(subject(data=source(size=1)), Options()), "1x1"),
         (lambda: probe(subject(data=source(constant=7)), Options()), "all equal"),
         (lambda: probe(subject(data=source(channels=3)), Options()), "(N, 1, H, W)"),
+        (lambda: probe(subject(module=encoders.wrap(nn.Conv2d(3, 2, 3), in_channels=1)), Options()), "3, as its first conv"),
         (lambda: probe(subject(), Options(transform="c5x")), "unknown transform"),
+        (lambda: probe(subject(), Options(transform="rotate(90, 180, 270)")), "did you mean 'c4'"),
         (lambda: probe(subject(), Options(transform="none")), "besides the identity"),
         (lambda: probe(subject(), Options(layer="h", action="regular")), "layer fibres"),
         (lambda: probe(subject(), Options(transform="rotate", action="regular")), "a group"),
