@@ -81,8 +81,9 @@ def test_masks_go_with_their_images() -> None:
     assert source.some(rows).regions == source.regions == ("background", *(f"class {k}" for k in range(8)))
 
 
-def test_many_pictures_are_the_same_as_few() -> None:
+def test_many_pictures_are_the_same_as_few(monkeypatch) -> None:
     source = data.load("views", "test", n=24, size=32)
     objects, view = source.objects.float(), source.view.float()
-    one_by_one = torch.cat([owners(objects[i : i + 1], view[i : i + 1], 128) for i in range(24)])
-    assert torch.equal(owners(objects, view, 128), one_by_one)
+    whole = owners(objects, view, 32)
+    monkeypatch.setattr("geomssl.data.raytrace.CACHED", 5 * 32**2)
+    assert torch.equal(owners(objects, view, 32), whole)
