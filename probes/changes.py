@@ -13,12 +13,12 @@ from torch import Tensor
 
 from geomssl.data.base import Source
 from geomssl.errors import GeomsslError
+from geomssl.objectives.pairs import QUATERNION, turn
 from geomssl.probes.subject import Part, Subject
 from geomssl.seeding import generator
 from geomssl.transforms.base import Parameter, Transform
 
 MOST_CATEGORIES = 64
-QUATERNION = ("quaternion_x", "quaternion_y", "quaternion_z", "quaternion_w")
 Kind = Literal["continuous", "binary", "category", "angle", "rotation"]
 
 
@@ -75,17 +75,6 @@ def encode(params: Tensor, parameters: Sequence[Parameter]) -> tuple[Tensor, lis
     return torch.cat([torch.empty(len(params), 0, dtype=torch.float64), *columns], dim=1), targets
 
 
-def relative(first: Tensor, second: Tensor) -> Tensor:
-    """The unit quaternion (x, y, z, w) of first^-1 second, rows of (n, 4), with w >= 0: q and -q are one rotation."""
-    x1, y1, z1, w1 = (first * first.new_tensor([-1, -1, -1, 1])).unbind(dim=1)
-    x2, y2, z2, w2 = second.unbind(dim=1)
-    product = torch.stack([
-        w1 * x2 + x1 * w2 + y1 * z2 - z1 * y2, w1 * y2 - x1 * z2 + y1 * w2 + z1 * x2,
-        w1 * z2 + x1 * y2 - y1 * x2 + z1 * w2, w1 * w2 - x1 * x2 - y1 * y2 - z1 * z2,
-    ], dim=1)
-    return torch.where(product[:, 3:] < 0, -product, product)
-
-
 def r2(predicted: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Squared errors and squared deviations of each row, (n,) each, of one target's columns (n, k): R^2 = 1 - sum / sum.
 
@@ -137,9 +126,9 @@ def factor_pairs(subject: Subject, rows: Tensor, part: Part, seed: int) -> tuple
     changes = [known[p.name][two] - known[p.name][one] for p in plain]
     values, targets = encode(torch.stack(changes, dim=1) if changes else torch.empty(len(one), 0), plain)
     if any(p.name in QUATERNION for p in differing):
-        turn = relative(*(torch.stack([known[name][of] for name in QUATERNION], dim=1) for of in (one, two)))
+        turned = turn(*(torch.stack([known[name][of] for name in QUATERNION], dim=1) for of in (one, two)))
         targets.append(Target("rotation", "rotation", "", slice(values.shape[1], values.shape[1] + 4)))
-        values = torch.cat([values, turn], dim=1)
+        values = torch.cat([values, turned], dim=1)
     unit = group[one] if "object" in known else torch.arange(len(one))
     return Pairs(rows[one], rows[two], values, unit.unique(return_inverse=True)[1]), targets
 

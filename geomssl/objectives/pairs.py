@@ -110,18 +110,27 @@ def change(source: Source | None, name: str) -> tuple[Parameter, ...]:
 def changed(before: Mapping[str, Tensor], after: Mapping[str, Tensor], by: tuple[Parameter, ...]) -> Tensor:
     """(N, len(by)): after - before, the short way round where a factor is periodic: in [low, high).
 
-    Of a quaternion it is the turn that leads from the one rotation to the other, q_after q_before^-1, with w >= 0.
+    Of a quaternion it is the `turn` from the one rotation to the other.
     """
     first = [before[p.name] for p in by]
     second = [after[p.name] for p in by]
     if len(by) == 4:
-        v1, w1, v2, w2 = torch.stack(first[:3], dim=1), first[3][:, None], torch.stack(second[:3], dim=1), second[3][:, None]
-        turn = torch.cat([w1 * v2 - w2 * v1 - torch.linalg.cross(v2, v1), w1 * w2 + (v1 * v2).sum(dim=1, keepdim=True)], dim=1)
-        return torch.where(turn[:, 3:] < 0, -turn, turn)
+        return turn(torch.stack(first, dim=1), torch.stack(second, dim=1))
     difference = second[0] - first[0]
     if by[0].kind == "periodic":
         difference = (difference - by[0].low).remainder(by[0].high - by[0].low) + by[0].low
     return difference[:, None]
+
+
+def turn(first: Tensor, second: Tensor) -> Tensor:
+    """The unit quaternions (x, y, z, w) of first^-1 second, rows of (n, 4), with w >= 0: q and -q are one rotation.
+
+    A rotation here leads from the object's own frame to the world's, so this is the turn in the object's frame, as 3DIEBench's
+    published loader has it (facebookresearch/SIE, src/dataset.py). In the world's frame it would be second first^-1.
+    """
+    v1, w1, v2, w2 = first[:, :3], first[:, 3:], second[:, :3], second[:, 3:]
+    found = torch.cat([w1 * v2 - w2 * v1 - torch.linalg.cross(v1, v2), w1 * w2 + (v1 * v2).sum(dim=1, keepdim=True)], dim=1)
+    return torch.where(found[:, 3:] < 0, -found, found)
 
 
 def following(sequence: Tensor, frame: Tensor) -> Tensor:

@@ -180,14 +180,14 @@ def test_sie_sees_how_the_factors_of_the_object_change():
 
 
 def test_the_change_of_a_rotation_is_the_turn_between_the_two():
-    """Against scipy, and the same for both signs of either quaternion."""
+    """first^-1 second, as 3DIEBench's loader has it, against scipy; the same for both signs of either quaternion."""
     from scipy.spatial.transform import Rotation
 
     first, second = torch.randn(2, N, 4)
     first, second = (q / q.norm(dim=1, keepdim=True) for q in (first, second))
     before, after = (dict(zip(QUATERNION, q.unbind(dim=1), strict=True)) for q in (first, second))
     by = change(source(**before), "quaternion")
-    turn = (Rotation.from_quat(second.numpy()) * Rotation.from_quat(first.numpy()).inv()).as_matrix()
+    turn = (Rotation.from_quat(first.numpy()).inv() * Rotation.from_quat(second.numpy())).as_matrix()
     found = changed(before, after, by)
     assert (found[:, 3] >= 0).all()
     torch.testing.assert_close(torch.from_numpy(Rotation.from_quat(found.numpy()).as_matrix()), torch.from_numpy(turn))

@@ -7,7 +7,6 @@ import torch
 
 from geomssl import data
 from geomssl.data.raytrace import BACKGROUND, HALF_WIDTH, PART, camera, render
-from geomssl.data.sequences import neighbours
 from geomssl.data.views import DISTANCE, ELEVATION, INSTANCES, ViewsSet, _drawn
 from geomssl.errors import GeomsslError
 
@@ -211,23 +210,6 @@ def test_views_are_spread_evenly():
         counts = torch.histc(source.factors[name], 4, low, high)
         assert (counts - 150).abs().max() < 4 * math.sqrt(600 * 0.25 * 0.75)
     assert source.labels.bincount().tolist() == [150] * 4
-
-
-def test_neighbours_are_the_next_frames_of_the_same_sequence():
-    source = load(length=6)
-    rows = torch.arange(len(source)).repeat(40)
-    found = neighbours(source, rows, torch.Generator().manual_seed(0))
-    gap = found - rows
-    assert set(gap.tolist()) == {-1, 1}
-    assert torch.equal(source.factors["sequence"][found], source.factors["sequence"][rows])
-    middle = gap[(source.factors["frame"][rows] % 5 != 0)]
-    assert abs(float(middle.double().mean())) < 4 / math.sqrt(len(middle))
-    wide = neighbours(source, rows, torch.Generator().manual_seed(0), reach=3) - rows
-    assert set(wide.abs().tolist()) == {1, 2, 3}
-    alone = load(length=1)
-    assert torch.equal(neighbours(alone, torch.arange(5), torch.Generator()), torch.arange(5))
-    with pytest.raises(GeomsslError, match="sequence and frame"):
-        neighbours(data.load("digits", "val"), torch.arange(2), torch.Generator())
 
 
 def test_subsets_keep_their_scenes_and_factors():

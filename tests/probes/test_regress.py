@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from scipy.spatial.transform import Rotation
 from torch import Tensor, nn
 
 from geomssl.data.base import Resident
 from geomssl.errors import GeomsslError
-from geomssl.probes.changes import encode, factor_pairs, r2, relative
+from geomssl.probes.changes import encode, factor_pairs, r2
 from geomssl.probes.fitting import held_out
 from geomssl.probes.regress import Options, probe
 from geomssl.probes.regressor import DECAYS, fit, projected
@@ -100,15 +99,6 @@ def test_angles_close_and_categories_are_one_hot() -> None:
     assert [(t.kind, t.columns) for t in targets] == [("angle", slice(0, 2)), ("category", slice(2, 6))]
     with pytest.raises(GeomsslError, match="100 values"):
         encode(torch.zeros(2, 1), [Parameter("shift", "", "index", 0.0, 0.0, 99.0)])
-
-
-def test_relative_rotation_is_scipys_with_its_sign_made_canonical() -> None:
-    one, two = (Rotation.random(200, random_state=seed) for seed in (0, 1))
-    expected = (one.inv() * two).as_quat()
-    expected *= torch.where(torch.from_numpy(expected[:, 3:]) < 0, -1.0, 1.0).numpy()
-    first, second = (torch.from_numpy(r.as_quat()) for r in (one, two))
-    assert torch.allclose(relative(first, second), torch.from_numpy(expected))
-    assert torch.allclose(relative(-first, second), torch.from_numpy(expected))
 
 
 class Scene(nn.Module):
