@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from geomssl import artifact, checkpoint
 from geomssl.cli import main
+from geomssl.commands.scheduled import Scheduled
 from geomssl.errors import GeomsslError
 from geomssl.recipe import build
 from geomssl.schedule import Schedule
@@ -67,6 +69,14 @@ def steps(folder, probe):
 def test_due_at_initialisation_at_every_nth_epoch_and_at_the_end(table, due):
     schedule = Schedule(run=("rank",), **table)
     assert [epoch for epoch in range(8) if schedule.due(epoch, 7)] == due
+
+
+def test_what_is_not_due_reads_no_weights_and_no_images():
+    """Nothing but the epoch and the recipe is looked at: a trainer that has no more than these is enough."""
+    recipe = build([SMALL, {"probes": TABLE}])
+    Scheduled()(SimpleNamespace(epoch=3, recipe=recipe, out="nowhere.pt"))
+    with pytest.raises(AttributeError):
+        Scheduled()(SimpleNamespace(epoch=2, recipe=recipe, out="nowhere.pt"))
 
 
 @pytest.mark.parametrize(
