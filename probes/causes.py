@@ -11,6 +11,7 @@ from geomssl.errors import GeomsslError
 from geomssl.probes.aliasing import Aliasing
 from geomssl.probes.breaks import breaks, needed, sizes
 from geomssl.probes.effect import Effect
+from geomssl.probes.repair import Repair
 from geomssl.probes.static import NONLINEAR, Call, Move, read
 from geomssl.transforms.base import Size
 
@@ -44,7 +45,7 @@ def must_break(call: Call, asked: tuple[Move, ...]) -> str | None:
 
 def told(
     calls: Sequence[Call], names: Mapping[int, str], asked: tuple[Move, ...], metered: Mapping[int, Aliasing],
-    effects: Sequence[Effect], unbuilt: Mapping[int, str], bootstrap: tuple[int, float, int],
+    effects: Sequence[Effect], waiting: Sequence[Repair], unbuilt: Mapping[int, str], bootstrap: tuple[int, float, int],
 ) -> list[str]:
     """A sentence a layer, the three readings beside each other, in the order of the pass; then the other layers by cause.
 
@@ -55,6 +56,7 @@ def told(
     for one in sorted(effects, key=lambda e: e.change):
         for call in one.repair.calls:
             best.setdefault(call.number, one)
+    later = {call.number: one for one in reversed(waiting) for call in one.calls}
     found = {c.number: [b for move in asked for b in needed(breaks(c, move))] for c in calls if c.name not in NONLINEAR}
     apart = [
         c for c in calls
@@ -62,7 +64,8 @@ def told(
     ]
     chosen = sorted(apart, key=lambda c: best[c.number].change if c.number in best else 0.0)[:TOLD]
     said = [
-        _sentence(c, calls, names, asked, metered.get(c.number), best.get(c.number), unbuilt.get(c.number), bootstrap)
+        _sentence(c, calls, names, asked, metered.get(c.number), best.get(c.number), later.get(c.number),
+                  unbuilt.get(c.number), bootstrap)
         for c in calls if c in chosen
     ]
     others: dict[str, list[str]] = {}
@@ -79,7 +82,7 @@ def told(
 
 def _sentence(
     call: Call, calls: Sequence[Call], names: Mapping[int, str], asked: tuple[Move, ...], share: Aliasing | None,
-    effect: Effect | None, unbuilt: str | None, bootstrap: tuple[int, float, int],
+    effect: Effect | None, unmeasured: Repair | None, unbuilt: str | None, bootstrap: tuple[int, float, int],
 ) -> str:
     words, parts = must_break(call, asked), []
     if words:
@@ -99,11 +102,11 @@ def _sentence(
         bounds = share.interval(*bootstrap)
         parts.append(f"{share.share():.2g}{_bounds(*bounds) if bounds else ''} of the energy aliases")
     if effect is not None:
-        sure = ", which shows a cause" if effect.high < 0 else ", so by itself it harms" if effect.low > 0 else (
-            ", so by itself nothing sure"
-        )
+        sure = {-1: "which shows a cause", 1: "so by itself it harms", 0: "so by itself nothing sure"}[effect.sure]
         with_others = f" (with {len(effect.repair.calls) - 1} beside it)" if len(effect.repair.calls) > 1 else ""
-        parts.append(f"repair '{effect.repair.what}'{with_others}: change {change_of(effect)}{sure}")
+        parts.append(f"repair '{effect.repair.what}'{with_others}: change {change_of(effect)}, {sure}")
+    elif unmeasured:
+        parts.append(f"repair '{unmeasured.what}' was not measured")
     elif unbuilt:
         parts.append(f"not repaired: {unbuilt}")
     return f"{names[call.number]} ({_described(call)}): {'; '.join(parts)}."

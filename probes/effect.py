@@ -22,6 +22,9 @@ from geomssl.probes.static import Call, Move
 from geomssl.transforms.actions import Action
 from geomssl.transforms.base import Size, Transform
 
+# A change under this share of the total is rounding of float32.
+ROUNDING = 1e-5
+
 
 @dataclass(frozen=True)
 class Effect:
@@ -41,6 +44,13 @@ class Effect:
     @property
     def change(self) -> float:
         return self.after - self.before
+
+    @property
+    def sure(self) -> int:
+        """-1 where the total falls, 1 where it rises, 0 where neither is sure, or where the change is but rounding."""
+        if not abs(self.change) > ROUNDING * self.before:
+            return 0
+        return -1 if self.high < 0 else 1 if self.low > 0 else 0
 
 
 def total(

@@ -91,7 +91,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     return Artifact(
         probe="explain",
         title=f"Why equivariance under {transform.name} holds or breaks",
-        headline=_headline(calls, names, asked, transform, effects, joined, error),
+        headline=_headline(calls, names, asked, transform, effects, joined, bool(waiting), error),
         definition=(
             "Three readings of one module. Must break: rules on kernel, stride, padding and sizes of one pass. Aliasing: share "
             "of the energy above the new Nyquist before a stride, and above a map's own after a nonlinearity. Repair: padding, "
@@ -103,7 +103,9 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         figures=_figures(options, bool(effects), bool(metered)),
         notes=[
             why, *fits(f, images, module, calls, asked),
-            *told(calls, names, asked, metered, effects, unbuilt, (options.seed, options.level, options.resamples)),
+            *told(
+                calls, names, asked, metered, effects, waiting, unbuilt, (options.seed, options.level, options.resamples)
+            ),
             *_notes(calls, asked, transform, params, error, effects, joined, waiting, metered, inputs, options),
         ],
         options=options.model_dump(mode="json"),
@@ -225,7 +227,7 @@ def _metrics(
 
 def _headline(
     calls: Sequence[Call], names: dict[int, str], asked: tuple[Move, ...], transform: Transform, effects: Sequence[Effect],
-    joined: Sequence[Effect], error: float | None,
+    joined: Sequence[Effect], waiting: bool, error: float | None,
 ) -> str:
     broken = [c for c in calls if any(needed(breaks(c, move)) for move in asked)]
     causes = list(dict.fromkeys(b.cause for c in broken for move in asked for b in needed(breaks(c, move))))
@@ -242,14 +244,15 @@ def _headline(
     if error is None:
         return f"{said}; the features do not vary."
     if not effects:
-        return f"{said}; there was no padding, stride or pooling to repair (error {error:.3g}, chance {CHANCE:.3g})."
+        none = "no repair was measured" if waiting else "there was no padding, stride or pooling to repair"
+        return f"{said}; {none} (error {error:.3g}, chance {CHANCE:.3g})."
     best = effects[0]
     together = ""
     if joined:
         last = joined[-1]
-        how = "lower" if last.high < 0 else "raise" if last.low > 0 else "do not surely change"
+        how = {-1: "lower", 1: "raise", 0: "do not surely change"}[last.sure]
         together = f"; all repairs at once {how} it, {last.before:.3g} to {last.after:.3g}"
-    if not best.high < 0:
+    if best.sure >= 0:
         none = f"of {len(effects)} repairs of one layer none is"
         which = none if len(effects) > 1 else f"the one repair ('{best.name}') is not"
         return f"{said}; {which} sure to lower the error ({error:.3g}, chance {CHANCE:.3g}){together}."

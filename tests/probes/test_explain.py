@@ -13,9 +13,11 @@ from geomssl.data.base import Resident
 from geomssl.encoders.group_conv import GroupConv2d
 from geomssl.encoders.wrap import wrap
 from geomssl.errors import GeomsslError
+from geomssl.probes.effect import Effect
 from geomssl.probes.equivariance import equivariance_error
 from geomssl.probes.explain import Options, probe
 from geomssl.probes.inputs import pictures
+from geomssl.probes.repair import Repair
 from geomssl.probes.subject import Subject
 from geomssl.seeding import generator, seeded
 from geomssl.transforms import CyclicRotations, Rotate
@@ -142,6 +144,20 @@ def test_under_shifts_the_paddings_and_strides_are_tried_strongest_first():
         every.notes
     )
     assert "zero padding at the border" in column(every, "must_break")["0"]
+
+
+def test_repairs_that_were_not_measured_are_said_to_wait():
+    found = probe(subject(OffGrid()), Options(repairs=0, resamples=100))
+    assert "by grid (layer1); no repair was measured (error" in found.headline
+    assert any("repair 'at stride 1, then pooled evenly' was not measured." in note for note in found.notes)
+    assert len(found.table("repairs")) == 0
+
+
+def test_a_repair_that_rounds_is_no_cause():
+    def changed(by):
+        return Effect(Repair((), "", "", {}), "", 1.0, 1.0 + by, by - 1e-9, by + 1e-9)
+
+    assert [changed(by).sure for by in (-1e-2, -1e-7, 0, 1e-7, 1e-2)] == [-1, 0, 0, 0, 1]
 
 
 def test_a_transformer_names_its_patches_and_its_positions():
