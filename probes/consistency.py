@@ -25,6 +25,8 @@ from geomssl.transforms.base import Size, Transform
 Answers = Callable[[Tensor], Tensor]
 # Above this share of equal answers the network counts as constant: agreement is then no achievement.
 CONSTANT = 0.95
+# Above this share of answers that would stay by chance a note says that agreement is no measure.
+MUCH = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,8 @@ class Agreement:
     agreement (E,): share of images whose answer is unchanged. low, high (E,): Wilson's interval.
     chance (E,): sum_k p_k q_k, the agreement of answers of these frequencies drawn apart; kappa (E,) = (agreement - chance)
     / (1 - chance), NaN where chance is 1. kappa_low, kappa_high (E,): percentile bootstrap over images.
-    mean, mean_low, mean_high: kappa in the mean over elements, images resampled for all of them together.
+    overall, overall_low, overall_high: agreement in the mean over elements, images resampled for all of them together;
+    mean, mean_low, mean_high: kappa likewise.
     largest: share of the most frequent answer, plain or moved, the least over elements; constant: largest >= .95.
     """
 
@@ -45,6 +48,9 @@ class Agreement:
     kappa: Tensor
     kappa_low: Tensor
     kappa_high: Tensor
+    overall: float
+    overall_low: float
+    overall_high: float
     mean: float
     mean_low: float
     mean_high: float
@@ -79,9 +85,11 @@ def consistency(plain: Tensor, moved: Tensor, seed: int = 0, level: float = 0.95
         ends = tuple(float(b) for b in interval(drawn.mean(dim=1, keepdim=True), level))  # type: ignore[assignment]
     top = [float(row.unique(return_counts=True)[1].max()) / n for row in (plain, *moved)]
     largest = max(top[0], min(top[1:]))
+    kept = same.double().mean(dim=0)
+    overall = (float(kept.mean()), *(float(b) for b in bootstrap_mean(kept, seed, level, resamples)))
     return Agreement(
         same.double().mean(dim=1), torch.tensor([b[0] for b in bounds]).double(), torch.tensor([b[1] for b in bounds]).double(),
-        chance, kappa, low, high, mean, *ends, largest, largest >= CONSTANT,
+        chance, kappa, low, high, *overall, mean, *ends, largest, largest >= CONSTANT,
     )
 
 
@@ -279,6 +287,12 @@ def _metrics(found: Agreement, right: _Right | None, options: Options, n: int) -
             about=f"agreement beyond chance, mean over {count} elements",
         ),
         Metric(
+            "agreement", None if found.constant else found.overall, n,
+            None if found.constant else Interval(found.overall_low, found.overall_high, method),
+            flat if found.constant else None, better="higher",
+            about=f"share of unchanged answers, mean over {count} elements; read it against chance",
+        ),
+        Metric(
             "agreement_worst", None if found.constant else float(found.agreement[worst]), n,
             None if found.constant else Interval(low, high, f"Wilson score, {options.level:.0%} for all {count} elements"),
             flat if found.constant else None, better="higher", about="share of unchanged answers at the worst element",
@@ -317,7 +331,7 @@ def _headline(found: Agreement, names: Sequence[str], transform: Transform, abou
         )
     worst = int(found.agreement.argmin())
     said = (
-        f"{doing(transform)} leaves {float(found.agreement.mean()):.1%} of the answers as they were (kappa {found.mean:.2f}; "
+        f"{doing(transform)} leaves {found.overall:.1%} of the answers as they were (kappa {found.mean:.2f}; "
         f"chance {float(found.chance.mean()):.1%}), least at {names[worst]} with {float(found.agreement[worst]):.1%}"
     )
     if right is not None:
@@ -329,6 +343,11 @@ def _notes(found: Agreement, right: _Right | None, subject: subject.Subject) -> 
     notes = ["Answers that stay may be wrong answers: read consistency beside the accuracy."]
     if found.constant:
         notes.append("The network counts as constant, whatever its agreement; no kappa is given.")
+    elif float(found.chance.mean()) > MUCH:
+        notes.append(
+            f"Few answers are given, and {float(found.chance.mean()):.0%} would stay by chance alone: judge by kappa, not by "
+            "agreement."
+        )
     if getattr(subject.source, "rendered", None) is None:
         notes.append("The transform resamples natural images where it does not permute pixels; the answer sees that too.")
     if right is not None and float(right.plain.double().mean()) < 0.5:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from geomssl.config import Settings, parse, read_toml
 from geomssl.errors import GeomsslError, nearest
+from geomssl.registry import names
 
 CHANCE = math.sqrt(2)
 LIMITS = ("limit", "at_least", "max_increase", "max_ratio")
@@ -51,7 +52,12 @@ class Rule(Settings):
             self._between("limit", self.limit if self.at_least is None else math.nan, here)
             self._between("max_increase", self.max_increase, here)
         elif self.metric is None:
-            raise GeomsslError(f"{here} names no metric of {self.probe}", "metric = \"...\"", reason="bad-value")
+            known = names("probe")
+            near = None if self.probe in known else nearest(self.probe, known)
+            raise GeomsslError(
+                f"{here} names no metric of {'' if self.probe in known else 'the unknown probe '}{self.probe}",
+                "metric = \"...\"" if near is None else "a probe that exists", near, reason="bad-value",
+            )
         elif self.probe == "equivariance" and self.metric in ("excess", "floor"):
             raise GeomsslError(
                 f"{here}: metric = {self.metric!r}", "total: floor and excess describe resampling and judge nothing",
@@ -86,9 +92,9 @@ class Rules(Settings):
     def _distinct(self) -> Rules:
         if not self.rule:
             raise GeomsslError("rules without a single [[rule]]", "at least one", reason="no-rules")
-        names = [rule.name for rule in self.rule]
-        for name in names:
-            if names.count(name) > 1:
+        called = [rule.name for rule in self.rule]
+        for name in called:
+            if called.count(name) > 1:
                 raise GeomsslError(f"two rules called {name!r}", "a name of its own for each", reason="bad-value")
         return self
 
@@ -100,10 +106,11 @@ def read_rules(path: Path | str) -> Rules:
         raise GeomsslError(f"{path}: unknown key {key!r}", "[[rule]] only", nearest(key, ["rule"]), reason="unknown-key")
     if not data.get("rule"):
         raise GeomsslError(f"{path} has no rule", "at least one [[rule]]", reason="no-rules")
-    tables = data.get("rule")
-    if isinstance(tables, list):
-        # one by one, so that a complaint names the rule
-        for index, table in enumerate(tables, 1):
-            if isinstance(table, dict):
-                parse(Rule, table, f"{path}: rule {table.get('name', index)}")
+    tables = data["rule"]
+    if not isinstance(tables, list):
+        raise GeomsslError(f"{path}: [rule], or rule = ...", "[[rule]], in double brackets", reason="bad-value")
+    # one by one, so that a complaint names the rule
+    for index, table in enumerate(tables, 1):
+        if isinstance(table, dict):
+            parse(Rule, table, f"{path}: rule {table.get('name', index)}")
     return parse(Rules, data, str(path))

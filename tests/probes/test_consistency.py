@@ -26,6 +26,8 @@ def test_agreement_chance_and_kappa_by_hand():
     assert found.kappa.tolist() == pytest.approx(kappa)
     assert found.mean == pytest.approx(sum(kappa) / 2)
     assert (found.low[0], found.high[0]) == pytest.approx(wilson(5, 8))
+    assert found.overall == pytest.approx((5 / 8 + 1) / 2)
+    assert found.overall_low < found.overall < found.overall_high < 1
     assert found.kappa_low[0] <= kappa[0] <= found.kappa_high[0]
     assert not found.constant
 
@@ -71,6 +73,23 @@ def test_one_answer_for_nearly_all_is_constant_and_never_consistent(others):
     spread = torch.arange(100) % 5
     assert consistency(spread, torch.zeros(3, 100, dtype=torch.long)).constant
     assert not consistency(spread, torch.stack([torch.zeros(100, dtype=torch.long), spread])).constant
+
+
+class Lopsided(nn.Module):
+    """Answers 0 for all but bright images, whatever is done to them."""
+
+    def forward(self, x):
+        return torch.stack([torch.zeros(len(x)), x.mean((1, 2, 3)) - 56.5 * 3 / 255], dim=1)
+
+
+def test_agreement_stands_beside_chance_and_a_lopsided_network_is_told_to_be_judged_by_kappa():
+    pixels = (torch.arange(64).view(-1, 1, 1, 1).expand(-1, 1, 8, 8) * 3).to(torch.uint8)
+    source = Resident("grey", "test", pixels, None)
+    made = Subject(encoders.wrap(Lopsided(), in_channels=1), source, batch_size=64)
+    found = probe(made, Options(answer="argmax"))
+    assert found.metric("agreement").value == found.metric("kappa").value == 1
+    assert found.metric("chance").value == pytest.approx((57 / 64) ** 2 + (7 / 64) ** 2)
+    assert any("would stay by chance alone: judge by kappa" in note for note in found.notes)
 
 
 def subject(name="c4-cnn", kind="phantoms", module=None, **parts):
@@ -145,7 +164,7 @@ def test_a_constant_network_is_called_out(answer, tmp_path):
     found = probe(subject(module=Fixed(0.0)), Options(answer=answer))
     assert columns(found)["agreement"] == [1, 1, 1]
     assert found.metric("kappa").value is None
-    assert found.metric("agreement_worst").value is None
+    assert found.metric("agreement").value is found.metric("agreement_worst").value is None
     assert "nothing can be told" in found.headline
     assert "100% of the images get one" in found.metric("kappa").reason
     assert any("counts as constant" in note for note in found.notes)
@@ -178,7 +197,7 @@ def test_more_outputs_than_classes_give_no_accuracy():
     made = subject(module=Brightest())
     made.source.classes = ("a", "b")
     found = probe(made, Options(answer="argmax"))
-    assert [m.name for m in found.metrics] == ["kappa", "agreement_worst", "chance", "largest_answer"]
+    assert [m.name for m in found.metrics] == ["kappa", "agreement", "agreement_worst", "chance", "largest_answer"]
     assert any("more outputs than" in note for note in found.notes)
 
 

@@ -234,6 +234,8 @@ class TestFile:
             (RULE.replace("0.01", "'small'"), "'turns'|turns.*limit"),
             (RULE.replace("limit", "at_least"), "between 0 and √2"),
             (RULE.replace("equivariance", "linear"), "names no metric"),
+            (RULE.replace("equivariance", "equivarance"), "unknown probe equivarance; .* mean 'equivariance'"),
+            (RULE.replace("[[rule]]", "[rule]"), "double brackets"),
             (RULE + 'metric = "excess"\n', "describe resampling"),
             (RULE + RULE, "two rules called 'turns'"),
             (RULE.replace('name = "turns"\n', ""), "name = nothing"),
