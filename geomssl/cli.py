@@ -12,14 +12,16 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from geomssl import __version__
-from geomssl.errors import GeomsslError, nearest
+from geomssl.errors import GeomsslError, GeomsslNote, nearest
 from geomssl.registry import names
 
 COMMANDS = {
@@ -91,7 +93,8 @@ def geomssl() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code. A mistake is one line on stderr; a fault is one line and a log."""
     try:
-        code = geomssl.main(args=list(arguments) if arguments is not None else None, prog_name="geomssl", standalone_mode=False)
+        with _notes():
+            code = geomssl.main(list(arguments) if arguments is not None else None, "geomssl", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except GeomsslError as error:
         return _complain(str(error), error.reason)
@@ -113,6 +116,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _complain(f"cannot write {place}: {error.strerror}; expected room and permission to write", "unwritable")
         said = (str(error).splitlines() or [""])[0]
         return _complain(f"fault: {type(error).__name__}: {said}; {_logged()}", "fault")
+
+
+@contextmanager
+def _notes() -> Iterator[None]:
+    """What the library warns of is one line, said once; other warnings stay Python's."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        others = warnings.showwarning
+        warnings.simplefilter("always", GeomsslNote)
+
+        def show(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if not issubclass(category, GeomsslNote):
+                others(message, category, *place)
+            elif str(message) not in said:
+                said.add(str(message))
+                click.echo(f"geomssl: note: {message}", err=True)
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        yield
 
 
 def _logged() -> str:

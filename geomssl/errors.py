@@ -26,6 +26,10 @@ class GeomsslError(Exception):
         return " ".join(line.split())
 
 
+class GeomsslNote(UserWarning):
+    """What a person should know though nothing is wrong with the call. The command line says it once, as a note."""
+
+
 def nearest(name: str, valid: Iterable[str]) -> str | None:
     """The valid name closest to `name`, or None when nothing is close."""
     folded = {v.lower(): v for v in valid}

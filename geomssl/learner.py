@@ -32,6 +32,10 @@ class Learner(nn.Module):
         self.compiled: Passes | None = None
         if not objective.trains_encoder:
             encoder.requires_grad_(False)
+        readout = getattr(encoder, "readout", None)
+        self.reads_out = isinstance(readout, nn.Module) and not objective.reaches_h
+        if self.reads_out:
+            readout.requires_grad_(True)
 
     def train(self, mode: bool = True) -> Learner:
         super().train(mode)
@@ -56,7 +60,8 @@ class Learner(nn.Module):
         return torch.autocast(kind, dtype=self.lower, enabled=self.lower is not None)
 
     def forward(self, batch: Batch, encoder: Encoder | None = None) -> tuple[Losses, Tensor, Tensor]:
-        """The objective's losses, and the classifier's own loss and share of correct labels on the detached h.
+        """The objective's losses, and the classifier's own loss and share of correct labels on h, which is detached, or
+        hangs on detached fibres where the classifier trains the encoder's readout too.
 
         encoder: what the objective sees in its place (a caching.Cache).
         """
@@ -64,11 +69,12 @@ class Learner(nn.Module):
             encoder = Through(self.encoder, self.compiled) if self.compiled else self.encoder
         with self.autocast():
             losses = self.objective(encoder, batch)
-            losses = losses._replace(h=losses.h.detach())
+            h = losses.h if self.reads_out else losses.h.detach()
+            losses = losses._replace(h=h.detach())
             if self.classifier is None or batch.labels is None:
                 nothing = losses.total.new_zeros(())
                 return losses, nothing, nothing
-            logits = self.classifier(losses.h)
+            logits = self.classifier(h)
             correct = (logits.argmax(dim=1) == batch.labels).float().mean()
             return losses, F.cross_entropy(logits, batch.labels), correct
 

@@ -70,6 +70,8 @@ def label(transform: Transform, row: list[float]) -> str:
         turns = transform.order // 2
         turn = f"{360 * (k % turns) / turns:g}°"
         return turn if k < turns else ("mirror" if k == turns else f"mirror, then {turn}")
+    if isinstance(transform, Scales):
+        return f"×{transform.factors[k]:.4g}"
     units = {p.unit for p in transform.parameters}
     unit = f" {units.pop()}" if len(units) == 1 else ""
     return (", ".join(f"{p.name} = {value:.3g}" for p, value in zip(transform.parameters, row, strict=True)) + unit).strip()

@@ -25,12 +25,13 @@ from geomssl.probes.fitted import FittedAction, fit_action
 from geomssl.probes.inputs import BANDWIDTHS, SPECTRUM, Inputs, like, natural, pictures, rendered
 from geomssl.probes.judge import DEGENERATE, REFERENCES, Settings, croppable, judge, unmixed
 from geomssl.probes.layers import Reader, declare, read, single
+from geomssl.probes.scales import by_factors
 from geomssl.registry import load_attribute
 from geomssl.seeding import generator
 from geomssl.sums import key
 from geomssl.transforms.actions import Action, ActionFunction
 from geomssl.transforms.base import Transform
-from geomssl.transforms.groups import Translations
+from geomssl.transforms.groups import Scales, Translations
 
 __all__ = [
     "Bounds", "DefectBounds", "EquivarianceError", "FittedAction", "NotEquivariant", "Options", "Prepared",
@@ -233,7 +234,8 @@ class Options(subject.Options):
     action: str = Field(
         "auto",
         description="how features are declared to move: regular, spatial, trivial, or package.module:function of your own; "
-        "auto: regular where the encoder has this group, else spatial for maps, else trivial",
+        "auto: regular where the encoder has this group, matched scales where its fibres stand for them, else spatial for "
+        "maps, else trivial",
     )
     layer: tuple[str, ...] = Field(
         ("fibres",), description="which features: fibres, h, names of modules, wild cards (layer*), or all; all in one pass"
@@ -293,6 +295,8 @@ def prepare(subject: subject.Subject, options: Options) -> Prepared:
     """Inputs, elements, layers and their actions. Call it, and run what it gives, in eval mode and without gradients."""
     transform, grid = spoken(options.transform)
     transform = on_the_torus(transform) if options.boundary == "circular" else transform
+    scales = _own_scales(subject.encoder, options, transform)
+    transform, grid = (transform, grid) if scales is None else (scales, None)
     inputs, clusters, indices = _inputs(subject, options, transform)
     params = elements(transform, inputs.size, options.draws, options.seed, options.step) if grid is None else grid
     settings = Settings(
@@ -306,6 +310,8 @@ def prepare(subject: subject.Subject, options: Options) -> Prepared:
         )
     chosen = load_attribute(options.action, "action") if ":" in options.action else options.action
     declared = [declare(chosen, transform, layer, getattr(subject.encoder, "group", None)) for layer in reader.layers]
+    if scales is not None:
+        reader, declared = by_factors(reader, declared, scales, inputs.size, options.boundary)
     actions = [act for act, _ in declared]
     if options.boundary == "crop":
         reader, actions, left = croppable(reader, actions, transform, params, inputs, options.layer)
@@ -314,6 +320,23 @@ def prepare(subject: subject.Subject, options: Options) -> Prepared:
         reader, inputs, transform, params, actions, list(dict.fromkeys(why for _, why in declared)), options.boundary, clusters,
         indices, settings, remarks,
     )
+
+
+def _own_scales(encoder: Any, options: Options, transform: Transform) -> Scales | None:
+    """The factors for which the encoder's fibres stand, where "scales" are measured under the action "auto".
+
+    The word alone is a policy elsewhere, and means the encoder's own list here.
+    """
+    own, alone = getattr(encoder, "scales", None), options.transform.strip().lower() == "scales"
+    if not isinstance(own, Scales) or not (alone or isinstance(transform, Scales)) or options.action != "auto":
+        return None
+    if isinstance(transform, Scales) and transform.factors != own.factors:
+        said = ", ".join(f"{factor:g}" for factor in own.factors)
+        raise GeomsslError(
+            f"--transform {options.transform} of an encoder whose fibres stand for {said}", "--transform scales",
+            reason="no-action",
+        )
+    return own
 
 
 def probe(subject: subject.Subject, options: Options) -> Artifact:

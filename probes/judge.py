@@ -56,7 +56,7 @@ def judge(
     masks = _masks(reader.layers, actions, transform, params, size, boundary, inputs.moved is None)
     figures = len(params) * len(actions)
     chosen = units(inputs.n, figures, settings.memory, clusters, settings.seed)
-    known, remarks = _distances(reader, inputs, transform, params, actions, masks, exact, settings)
+    known, remarks = _distances(reader, inputs, transform, params, actions, masks, exact, boundary, settings)
     task = Task(
         reader.features, inputs.of, inputs.n, transform, params, actions, masks, chosen, inputs.moved, settings.batch_size,
         settings.memory // 8,
@@ -68,25 +68,23 @@ def _masks(
     layers: list[Layer], actions: list[Action], transform: Transform, params: Tensor, size: Size, boundary: str,
     framed: bool,
 ) -> list[Tensor | None]:
-    if boundary != "crop":
-        return [None] * len(layers)
     masks: list[Tensor | None] = []
     for layer, act in zip(layers, actions, strict=True):
-        if layer.geometry is None:
-            masks.append(None)
+        if boundary != "crop" or layer.geometry is None:
+            masks.append(act.judged(params.cpu(), layer.size, None))
             continue
         mask = clean(act, layer.geometry, params.cpu(), layer.size, size, framed)
         empty = ~mask.flatten(1).any(dim=1)
         if bool(empty.any()):
             worst = labels(transform, params)[int(empty.int().argmax())]
             raise refusal(layer.name, worst, layer.geometry, size)
-        masks.append(mask)
+        masks.append(act.judged(params.cpu(), layer.size, mask))
     return masks
 
 
 def _distances(
     reader: Reader, inputs: Inputs, transform: Transform, params: Tensor, actions: list[Action],
-    masks: list[Tensor | None], exact: list[Tensor], settings: Settings,
+    masks: list[Tensor | None], exact: list[Tensor], boundary: str, settings: Settings,
 ) -> tuple[list[Distance] | None, list[str]]:
     if all(bool(e.all()) for e in exact):
         return None, []
@@ -96,8 +94,7 @@ def _distances(
         ]
     first = inputs.of(slice(0, 1))
     windows = [
-        None if mask is None or layer.geometry is None else _window(layer, inputs.size)
-        for layer, mask in zip(reader.layers, masks, strict=True)
+        None if boundary != "crop" or layer.geometry is None else _window(layer, inputs.size) for layer in reader.layers
     ]
     try:
         found = distances(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +15,9 @@ from geomssl.probes.boundary import clean
 from geomssl.probes.defect import EquivarianceError, Task, evaluating, measure
 from geomssl.probes.inputs import rendered
 from geomssl.probes.judge import DEGENERATE
+from geomssl.probes.layers import Layer, Reader
 from geomssl.probes.units import units
-from geomssl.transforms.actions import Action, SpatialAction
+from geomssl.transforms.actions import Action, Places, SpatialAction
 from geomssl.transforms.base import Size
 from geomssl.transforms.groups import Scales
 from geomssl.transforms.sinc import Window
@@ -35,7 +38,7 @@ class MatchedScales(Action):
         self.scales, self.space = scales, SpatialAction(scales, geometry)
 
     def __call__(self, features: Tensor, params: Tensor, image_size: Size) -> Tensor:
-        maps = features.unflatten(2, (len(self.scales.factors), -1))
+        maps = folded_back(features, self.scales)
         moved = self.space.precise(maps, params, image_size, self.window)
         origin = self.matched(params).view(len(features), 1, -1, 1, 1).expand_as(moved)
         return (moved.gather(2, origin.clamp(min=0)) * (origin >= 0)).flatten(2, 3)
@@ -43,9 +46,60 @@ class MatchedScales(Action):
     def is_exact(self, params: Tensor, feature_size: Size, image_size: Size) -> Tensor:
         return self.transform.is_exact(params, image_size)
 
+    def guesses(self, feature_size: Size, image_size: Size) -> bool:
+        return self.space.guesses(feature_size, image_size)
+
+    def places(self, params: Tensor, feature_size: Size, image_size: Size) -> Places | None:
+        return self.space.places(params, feature_size, image_size)
+
     def matched(self, params: Tensor) -> Tensor:
         """The i of every j, long (n, S), or -1."""
         return self.scales.matches().to(params.device)[params[:, 0].round().long()]
+
+    def judged(self, params: Tensor, feature_size: Size, clean: Tensor | None) -> Tensor:
+        """bool (n, S h, w): the matched factors alone."""
+        found = (self.matched(params) >= 0)[:, :, None, None].expand(-1, -1, *feature_size)
+        return (found if clean is None else found & clean[:, None]).flatten(1, 2)
+
+
+def folded(features: Tensor) -> Tensor:
+    """Maps (n, C, S, h, w) below each other, (n, C, S h, w)."""
+    return features.flatten(2, 3)
+
+
+def folded_back(features: Tensor, scales: Scales) -> Tensor:
+    """The maps (n, C, S, h, w) again."""
+    return features.unflatten(2, (len(scales.factors), -1))
+
+
+def by_factors(
+    reader: Reader, declared: Sequence[tuple[Action, str]], scales: Scales, image_size: Size, boundary: str
+) -> tuple[Reader, list[tuple[Action, str]]]:
+    """The same layers, those of one map a factor folded and declared to move as MatchedScales; the others as they were.
+
+    declared: of each layer its action and a sentence that says why. Fibres are read at their pixels that see no padding
+    where the boundary is "crop".
+    """
+    many = len(scales.factors)
+    are = [layer.geometry is not None and len(layer.shape) == 4 and layer.shape[1] == many for layer in reader.layers]
+    factors = ", ".join(f"{factor:g}" for factor in scales.factors)
+    why = (
+        f"The encoder's fibres stand for the factors {factors}: under each enlargement those are judged that match another "
+        "(the action of matched scales), the rest are not."
+    )
+
+    def action(layer: Layer) -> Action:
+        place = layer.geometry
+        if place is None or boundary != "crop":
+            return MatchedScales(scales, place)
+        rows, columns = (place.clean(layer.size[axis], image_size[axis], axis) for axis in (0, 1))
+        return MatchedScales(scales, place, (*rows, *columns))
+
+    def features(images: Tensor) -> list[Tensor]:
+        return [folded(f) if fits else f for f, fits in zip(reader.features(images), are, strict=True)]
+
+    found = [(action(layer), why) if fits else old for layer, fits, old in zip(reader.layers, are, declared, strict=True)]
+    return Reader(features, reader.layers), found
 
 
 @torch.no_grad()
@@ -87,23 +141,20 @@ def scale_error(
             )
         place, grid = located(features, first), (shape[2], shape[3])
         action = MatchedScales(scales, place)
-        mask = (action.matched(params) >= 0)[:, :, None, None].expand(-1, -1, *grid)
+        seen = None
         if boundary == "crop":
-            mask = mask & clean(action.space, place, params, grid, size, framed=False)[:, None]
+            seen = clean(action, place, params, grid, size, framed=False)
             rows, columns = (place.clean(grid[axis], size[axis], axis) for axis in (0, 1))
             action.window = (*rows, *columns)
-        mask = mask.flatten(1, 2)
+        mask = action.judged(params, grid, seen)
         if not bool(mask.flatten(1).any(dim=1).all()):
             raise GeomsslError(
                 f"no feature pixel of pictures of {pictures.size}x{pictures.size} that sees no padding under every factor",
                 "larger pictures, or boundary none", reason="no-field",
             )
 
-        def folded(images: Tensor) -> list[Tensor]:
-            return [features(images).flatten(2, 3)]
-
         task = Task(
-            folded, inputs.of, inputs.n, scales, params, [action], [mask], units(inputs.n, len(params)), inputs.moved,
-            batch_size,
+            lambda images: [folded(features(images))], inputs.of, inputs.n, scales, params, [action], [mask],
+            units(inputs.n, len(params)), inputs.moved, batch_size,
         )
         return measure(task, level, resamples, seed, DEGENERATE)[0]

@@ -15,7 +15,7 @@ from geomssl.encoders.base import Encoder, InputSettings, Normalise
 from geomssl.encoders.cnn import admit
 from geomssl.encoders.hermite import HermiteConv2d, channels_first, fibres_first
 from geomssl.encoders.residual import Family, PreactivationBlock, windows_turn
-from geomssl.errors import GeomsslError
+from geomssl.errors import GeomsslError, GeomsslNote
 from geomssl.transforms.base import Group
 from geomssl.transforms.groups import CyclicRotations, Scales
 
@@ -202,7 +202,7 @@ class Homomorphic(Encoder):
             good = min((s for s in range(2, 2 * size + 32) if self.grids_turn(s)), key=lambda s: (abs(s - size), s))
             warnings.warn(
                 f"{type(self).__name__} at {size}x{size} is not exact under quarter turns: strides do not divide its maps; "
-                f"the nearest exact size is {good} (size={good})", stacklevel=2,
+                f"the nearest exact size is {good} (size={good})", GeomsslNote, stacklevel=2,
             )
 
 
@@ -211,7 +211,8 @@ class HSSLMNIST(Homomorphic):
 
     z (N, 128, G, 8, 8) at sizes 29 to 32, of which 29 is exact under quarter turns (H = 1 mod 4). h is the maximum over G,
     then the mean over space (readout "mean"); or, "conv", the paper's classifier: one more convolution of effective size 3
-    on 7 pixels, stride 2, no padding, then both. That one learns only from a loss on h. Source: Keller et al. (2022), App. B.
+    on 7 pixels, stride 2, no padding, to 1x1, then the maximum. It learns from a loss on h, or, where the objective has
+    none (hssl, frozen), from the online classifier: h has then seen labels. Source: Keller et al. (2022), App. B.
     """
 
     class Config(HomomorphicSettings):

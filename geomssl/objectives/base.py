@@ -57,7 +57,11 @@ class Batch:
 
 
 class Losses(NamedTuple):
-    """total: what backward() is called on. terms: detached, by name. h: (N, D) of one view, for the online classifier."""
+    """total: what backward() is called on. terms: detached, by name. h: (N, D) of one view, for the online classifier.
+
+    The classifier's gradient stops at h. Where `Objective.reaches_h` is False and the encoder has a `readout`, a module inside
+    pool() with weights of its own, it goes on into h, which then hangs on detached fibres.
+    """
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -77,6 +81,7 @@ class Objective(nn.Module):
     projector:      from h to z, or None.
     projector_note: a sentence for probes that feed it h, where it was trained on something else; or None.
     trains_encoder: False keeps the encoder in eval mode without gradients.
+    reaches_h:      False where the loss does not depend on h: an encoder's readout then learns from the online classifier.
     policy:         the transform whose views a probe should use, or None.
     """
 
@@ -86,6 +91,7 @@ class Objective(nn.Module):
     projector: nn.Module | None
     projector_note: str | None = None
     trains_encoder: bool = True
+    reaches_h: bool = True
 
     def __init__(self) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ class Frozen(Objective):
         name: Literal["frozen"] = "frozen"
 
     trains_encoder = False
+    reaches_h = False
 
     def __init__(self, config: Config, encoder: Encoder, classes: int, channels: int) -> None:
         super().__init__()

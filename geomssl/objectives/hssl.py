@@ -53,6 +53,7 @@ class HSSLConfig(Settings):
     momentum: float = Field(0.99, ge=0, le=1, description="byol: share of its old weights that the target keeps in a step")
     predictor: int = Field(512, ge=1, description="byol, simsiam: hidden width of the predictor")
     projector: tuple[int, ...] = Field((128, 128, 128), min_length=1, description="widths of the head")
+    input_norm: bool = Field(False, description="BatchNorm of the bundle before the head, as on the paper's residual networks")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -96,12 +97,16 @@ class HSSL(Objective):
     """
 
     Config = HSSLConfig
+    reaches_h = False
     projector_note = "The projector was trained on single fibres; here it is fed with h, which pools them."
 
     def __init__(self, config: HSSLConfig, encoder: Encoder, classes: int, channels: int) -> None:
         super().__init__()
         self.config = config
-        head = mlp((encoder.dim * config.fibres, *config.projector))
+        width = encoder.dim * config.fibres
+        head = mlp((width, *config.projector))
+        if config.input_norm:
+            head = nn.Sequential(nn.BatchNorm1d(width), *head)
         # a head of another width takes no h: probes that would feed it h find no projector
         self.head: nn.Module | None = None
         if config.fibres == 1:
@@ -157,7 +162,7 @@ class HSSL(Objective):
         if len(losses) == 1:
             total = next(iter(losses.values()))
             losses = {"info_nce" if self.config.method == "infonce" else self.config.method: total}
-        return Losses(total, {k: v.detach() for k, v in losses.items()}, encoder.pool(maps)[: len(batch.indices)])
+        return Losses(total, {k: v.detach() for k, v in losses.items()}, encoder.pool(maps.detach())[: len(batch.indices)])
 
     def line(self, maps: Tensor) -> Tensor:
         """The fibres (N, C, places) of the group that is contrasted."""

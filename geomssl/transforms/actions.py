@@ -56,6 +56,10 @@ class Action(ABC):
         """Feature coordinates (y, x), each broadcasting to (n, h, w), that Γ_g reads for every feature pixel; None: unknown."""
         return None
 
+    def judged(self, params: Tensor, feature_size: Size, clean: Tensor | None) -> Tensor | None:
+        """Of the feature pixels bool (n, h, w) to judge, or None for all, those of which Γ_g says where they come from."""
+        return clean
+
 
 def action(
     declared: Literal["regular", "spatial", "trivial"] | str | ActionFunction | Action,

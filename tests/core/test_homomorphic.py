@@ -1,6 +1,7 @@
 """The backbones of Homomorphic SSL: the shapes of the paper, what moves as declared, what stays apart, and what is refused."""
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from geomssl import encoders
+from geomssl.cli import _notes
+from geomssl.data.base import Resident
 from geomssl.encoders.homomorphic import SCALES, FibreNorm
-from geomssl.errors import GeomsslError
+from geomssl.errors import GeomsslError, GeomsslNote
+from geomssl.learner import initialise, make_batch
+from geomssl.recipe import build
 from geomssl.transforms.groups import CyclicRotations, Scales
 
 C4 = CyclicRotations(4)
@@ -125,7 +130,7 @@ def test_native_sizes_run_inexact_and_say_so_once(name):
     encoder = small(name, size=NATIVE[name], kernel_size=3).eval()
     x = images(NATIVE[name])
     nearest = {"hssl-mnist": 29, "hssl-cifar10": 33, "hssl-tiny": 65}[name]
-    with pytest.warns(UserWarning, match=f"nearest exact size is {nearest}") as caught:
+    with pytest.warns(GeomsslNote, match=f"nearest exact size is {nearest}") as caught:
         encoder.fibres(x)
     assert "\n" not in str(caught[0].message)
     # a second warning would be an error here
@@ -255,6 +260,63 @@ def test_the_classifier_of_the_paper_learns_from_h_alone():
     assert encoder.readout.weight.grad is None
     encoder(images(29)).square().sum().backward()
     assert float(encoder.readout.weight.grad.norm()) > 0
+
+
+def learner(objective, **options):
+    torch.manual_seed(0)
+    parts = {"name": "hssl-mnist", "group": "rotation", "kernel_size": 3, **SMALL["hssl-mnist"], **options}
+    return initialise(build([{"encoder": parts, "objective": objective}]), 1, 29, 3)
+
+
+def gradients(learner, classifies=True, seed=0):
+    """Of every weight, after one step's backward pass over noise, in float64."""
+    pixels = torch.randint(0, 256, (8, 1, 29, 29), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    source = Resident("noise", "train", pixels, torch.arange(8) % 3, list("abc"))
+    batch = make_batch(source, torch.arange(8), learner.objective, torch.device("cpu"), 0, 0)
+    batch = replace(batch, views={k: v._replace(images=v.images.double()) for k, v in batch.views.items()})
+    losses, loss, _ = learner.double().train()(batch)
+    assert not losses.h.requires_grad
+    (losses.total + loss * classifies).backward()
+    return {name: p.grad for name, p in learner.named_parameters()}
+
+
+@pytest.mark.parametrize("positives", ["fibres", "inputs"])
+def test_the_classifier_of_the_paper_learns_from_labels_and_the_backbone_does_not(positives):
+    objective = {"name": "hssl", "positives": positives}
+    found = gradients(learner(objective, readout="conv"))
+    without = gradients(learner(objective, readout="conv"), classifies=False)
+    assert float(found["encoder.readout.weight"].norm()) > 1e-3
+    assert float(without["encoder.readout.weight"].norm()) == 0
+    rest = [name for name in found if name.startswith(("encoder.convs", "encoder.norms", "objective"))]
+    assert len(rest) > 9
+    for name in rest:
+        assert torch.equal(found[name], without[name])
+
+
+def test_a_frozen_backbone_has_the_classifier_of_the_paper_too():
+    found = gradients(learner({"name": "frozen"}, readout="conv"))
+    learns = {name for name, gradient in found.items() if gradient is not None}
+    assert learns == {"encoder.readout.weight", "classifier.weight", "classifier.bias"}
+    assert float(found["encoder.readout.weight"].norm()) > 1e-3
+
+
+def test_h_sees_no_label_where_the_loss_reaches_it_or_nothing_is_read_out():
+    for objective, options in (({"name": "simclr"}, {"readout": "conv"}), ({"name": "hssl"}, {})):
+        labelled, plain = (gradients(learner(objective, **options), classifies) for classifies in (True, False))
+        for name in labelled:
+            if name.startswith("encoder") and plain[name] is not None:
+                assert torch.equal(labelled[name], plain[name])
+
+
+def test_the_command_line_says_an_inexact_size_once_and_in_its_own_words(capsys):
+    with _notes():
+        for _ in range(2):
+            small(size=28).fibres(images(28))
+        with pytest.warns(UserWarning, match="another"):
+            warnings.warn("another", stacklevel=1)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("geomssl: note: HSSLMNIST at 28x28 is not exact under quarter turns")
+    assert line.endswith("(size=29)")
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -323,3 +323,19 @@ def test_defaults_have_no_new_weights_and_probes_find_no_projector_of_another_wi
     assert wide.projector is None
     assert wide.over_bundles[0].in_features == 6
     assert policy("rotations").name == "rotations"
+
+
+def test_a_norm_before_the_head_takes_away_the_scale_and_the_mean_of_every_channel():
+    encoder = Linear()
+    for base in (1, 2):
+        plain, normed = (HSSL(HSSL.Config(base=base, input_norm=on), encoder, 0, 1).train() for on in (False, True))
+        assert len(normed.over_bundles) == len(plain.over_bundles) + 1
+        # the widths of the norm are those of the bundle
+        assert normed.over_bundles[0].num_features == 3 * base
+        bundle = torch.randn(64, 3 * base)
+        other = bundle * torch.linspace(1.0, 9.0, 3 * base) + torch.arange(3.0 * base)
+        assert torch.allclose(normed.over_bundles(bundle), normed.over_bundles(other), atol=1e-4)
+        assert not torch.allclose(plain.over_bundles(bundle), plain.over_bundles(other), atol=0.1)
+        standard = (bundle - bundle.mean(dim=0)) / (bundle.var(dim=0, correction=0) + 1e-5).sqrt()
+        rest = nn.Sequential(*list(normed.over_bundles)[1:])
+        assert torch.allclose(normed.over_bundles(bundle), rest(standard), atol=1e-10)

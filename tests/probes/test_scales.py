@@ -4,10 +4,15 @@ import pytest
 import torch
 from torch import nn
 
+from geomssl import encoders
+from geomssl.data.base import Resident
 from geomssl.data.rendered import Fields
 from geomssl.encoders.hermite import HermiteConv2d
 from geomssl.errors import GeomsslError
+from geomssl.probes.equivariance import Options, probe
+from geomssl.probes.inputs import pictures as drawn
 from geomssl.probes.scales import scale_error
+from geomssl.probes.subject import Subject
 from geomssl.transforms.groups import Scales
 
 GEOMETRIC = Scales((1.0, 1.25, 1.5625))
@@ -90,3 +95,46 @@ def test_bad_input_is_one_line(call, said):
         call()
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def subject(**options):
+    torch.manual_seed(0)
+    chosen = {"group": "scale", "scales": GEOMETRIC.factors, "widths": (2, 2, 3), "size": None, **options}
+    encoder = encoders.build("hssl-mnist", in_channels=1, **chosen)
+    pixels = torch.randint(0, 256, (6, 1, 33, 33), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    return Subject(encoder, Resident("noise", "test", pixels, None), dtype=torch.float64)
+
+
+def test_the_command_measures_what_scale_error_does():
+    made = subject()
+    settings = {"images": "fields", "n": 5, "seed": 3, "references": 4, "resamples": 200}
+    options = Options(transform="scales(1, 1.25, 1.5625)", layer=("fibres", "h"), **settings)
+    found = probe(made, options)
+    expected = scale_error(
+        made.encoder, drawn("fields", 5, 1, 33, 0.25, False, 3), GEOMETRIC, boundary="none", seed=3, resamples=200
+    )
+    table = found.table("elements").columns
+    here = [k for k, layer in enumerate(table["layer"]) if layer == "fibres"]
+    assert [table["element"][k] for k in here] == ["×1.25", "×1.562"]
+    assert [table["total"][k] for k in here] == pytest.approx(expected.total.tolist(), rel=1e-9)
+    assert min(table["total"]) > 0.05
+    # nothing is resampled that the declaration does not itself read so, so that the bounds are the interval
+    assert [table["resampling"][k] for k in here] == pytest.approx([0.0, 0.0], abs=1e-12)
+    assert found.provenance["action"] == "matched scales, trivial"
+    assert any("fibres stand for the factors 1, 1.25, 1.5625" in note for note in found.notes)
+
+
+def test_on_the_images_of_a_data_set_what_resampling_does_is_added():
+    table = probe(subject(), Options(transform="scales", references=4, resamples=200)).table("elements").columns
+    assert min(table["resampling"]) > 1e-3
+    assert all(high > total for high, total in zip(table["bound_high"], table["total"], strict=True))
+
+
+def test_enlargements_of_an_encoder_without_scales_are_held_to_move_its_maps():
+    found = probe(subject(group="translation"), Options(transform="scales", references=0, resamples=200))
+    assert found.provenance["action"] == "spatial"
+
+
+def test_factors_that_are_not_the_encoders_are_one_line():
+    with pytest.raises(GeomsslError, match=r"stand for 1, 1.25, 1.5625; expected --transform scales"):
+        probe(subject(), Options(transform="scales(1, 1.5)"))
