@@ -19,6 +19,8 @@ ORDER = (
 KEY_METRICS = 3
 PANELS = 4
 RUN = "run"
+# the column of a figure whose series are different quantities, as over training
+METRIC = "metric"
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,8 @@ def plates(question: Question, runs: Sequence[str]) -> list[Plate]:
     """Every figure of a question. Lines and bars of several runs are laid over each other; maps and images stand in a row.
 
     A figure that has series of its own becomes a panel for each of them, with a line for each run; with more than
-    PANELS series, a panel for each run. Panels share their axes; `runs` fixes the runs' colours.
+    PANELS series, a panel for each run. Panels share their axes (of different metrics, the horizontal one); `runs` fixes the
+    runs' colours.
     """
     found: dict[tuple[str, str], dict[str, Figure]] = {}
     for run, artifact in question.answers.items():
@@ -212,6 +215,9 @@ def _plate(name: str, kind: str, drawn: Mapping[str, Figure], question: Question
     else:
         parts, order = [(run, f, held[run]) for run, f in drawn.items()], tuple(series)
     limits = figures.shared([(f, t) for _, f, t in parts]) if len(parts) > 1 else None
+    if limits is not None and figure.series == METRIC:
+        # panels of different quantities: one height for all would flatten most of them
+        limits = dataclasses.replace(limits, y=None)
     return Plate(name, figure, [Panel(title, f, t, limits, order=order) for title, f, t in parts], together, sizes)
 
 

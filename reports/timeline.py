@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from geomssl.artifact import Artifact, Figure, Metric, Table
-from geomssl.reports.compare import PANELS
+from geomssl.reports.compare import METRIC, PANELS
 
 PROBE = "timeline"
 TITLE = "Over training"
@@ -15,7 +15,8 @@ TITLE = "Over training"
 LINES = 8
 # drawn first, as the geometry paper does (Fig. 1, 6 and 7); the others follow in their probe's order
 LEADING = {
-    "rank": ("rank_projector_layer_0", "effective_rank_projector_layer_0", "effective_rank_h", "rank_h"),
+    "rank": ("rank_projector_layer_0", "effective_rank_projector_layer_0", "effective_rank_h", "rank_h",
+             "stable_rank_projector_layer_0"),
     "tangent": ("unexplained_batch", "label_match_batch", "label_match_coarse_batch", "unexplained", "label_match"),
 }
 
@@ -86,7 +87,7 @@ def _course(group: Sequence[Artifact], drawn: dict[str, list[str]], most: int, o
         more = f" {left} further metrics stand in the table of all." if left else ""
         figures.append(Figure(
             name, "line", f"{last.title} over training", f"At {len(group)} steps; step 0 is the initialisation.{more}",
-            name, "step", "value", "metric", "low", "high", x_label="step", y_label=unit or "value",
+            name, "step", "value", METRIC, "low", "high", x_label="step", y_label=unit or "value",
         ))
     return dataclasses.replace(
         last, probe=PROBE, title=TITLE, headline=_headline(metrics, group), metrics=[], tables=tables, figures=figures,

@@ -103,3 +103,10 @@ def test_runs_draw_the_same_metrics_and_the_papers_come_first() -> None:
     assert [panel.title for panel in plate.panels] == drawn[0]
     first = plate.panels[0].table.columns
     assert list(zip(first["run"], first["value"], strict=True)) == [("a", 64.0), ("a", 64.0), ("b", 64.0), ("b", 46.0)]
+
+
+def test_panels_of_different_metrics_share_the_steps_and_not_the_height() -> None:
+    runs = [at(s, run=run, rank_a=1000.0 + s, rank_b=1.0 + s) for run in ("a", "b") for s in (0, 9)]
+    (question,) = compare.questions(timeline.courses(runs))[1]
+    (plate,) = compare.plates(question, ["a", "b"])
+    assert [(panel.limits.x is None, panel.limits.y) for panel in plate.panels] == [(False, None)] * 2
