@@ -86,10 +86,10 @@ def consistency(plain: Tensor, moved: Tensor, seed: int = 0, level: float = 0.95
     top = [float(row.unique(return_counts=True)[1].max()) / n for row in (plain, *moved)]
     largest = max(top[0], min(top[1:]))
     kept = same.double().mean(dim=0)
-    overall = (float(kept.mean()), *(float(b) for b in bootstrap_mean(kept, seed, level, resamples)))
+    under, over = (float(b) for b in bootstrap_mean(kept, seed, level, resamples))
     return Agreement(
         same.double().mean(dim=1), torch.tensor([b[0] for b in bounds]).double(), torch.tensor([b[1] for b in bounds]).double(),
-        chance, kappa, low, high, *overall, mean, *ends, largest, largest >= CONSTANT,
+        chance, kappa, low, high, float(kept.mean()), under, over, mean, *ends, largest, largest >= CONSTANT,
     )
 
 

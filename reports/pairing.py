@@ -76,13 +76,15 @@ def spans(
         plain = _bounds(*four, kind, together.level, together.resamples, together.seed)
         halved = _bounds(*four, kind, half, together.resamples, together.seed) if bool(wide[part].any()) else plain
         low, high = (torch.where(wide[part], h, p) for h, p in zip(halved, plain, strict=True))
-        point = _statistic(*(f.sum(dim=0) for f in four), kind)
+        a, b, c, d = (f.sum(dim=0) for f in four)
+        point = _statistic(a, b, c, d, kind)
         if not bool((low.isfinite() & high.isfinite() & point.isfinite()).all()):
             return None
         surely = torch.full_like(point, -math.inf)
         over = point > (limit if kind == "increase" else math.log(limit))
         if bool(over.any()):
-            surely[over] = _lowest(*(f[:, over] for f in four), kind, together, len(columns))
+            a, b, c, d = (f[:, over] for f in four)
+            surely[over] = _lowest(a, b, c, d, kind, together, len(columns))
         found += zip(low.tolist(), high.tolist(), torch.minimum(surely, low).tolist(), strict=True)
     return found
 
