@@ -80,7 +80,6 @@ class Trainer:
         self.whole = data.load_config(recipe.dataset, "train").to(where)
         self.source = seen(recipe, self.whole)
         self.val = data.load_config(recipe.dataset, "val").to(where)
-        self.notes += dict.fromkeys([*self.source.notes, *self.val.notes])
         if recipe.batch_size > len(self.source):
             raise GeomsslError(
                 f"batch_size = {recipe.batch_size} on {len(self.source)} training images", f"2 to {len(self.source)}",

@@ -46,7 +46,7 @@ class Options(subjects.Options):
 
 @dataclass(frozen=True)
 class Reading:
-    """What one encoder, or always the same region (chance), says of the test images; shown: of the first of them."""
+    """What one encoder, or always the same region (chance), says of the test images; shown: of those in the picture."""
 
     key: str
     name: str
@@ -93,10 +93,10 @@ def probe(subject: Subject, options: Options) -> Artifact:
                 "scores", "bar", "Regions read from the features", f"Bars: 95 % intervals, bootstrap over {word}.", "scores",
                 "measure", "value", "features", "low", "high", x_label="measure", y_label="value",
             ),
-            *([_picture_figure(readings, rows[: options.show])] if options.show else []),
+            *([_picture_figure(readings, _shown(rows, options.show))] if options.show else []),
         ],
         notes=notes, options=options.model_dump(mode="json"), provenance=subject.provenance,
-        files={"masks.png": _picture(subject, readings, rows[: options.show], options.side)} if options.show else {},
+        files={"masks.png": _picture(subject, readings, _shown(rows, options.show), options.side)} if options.show else {},
     )
 
 
@@ -124,13 +124,18 @@ def _read(
     regions = len(subject.source.regions)
     how = Schedule(options.steps, options.step_images, options.rate, options.frozen, options.decoder, options.seed)
     model = fit(subject, known, regions, how)
-    found, shown = [], []
+    found: list[Tensor] = []
+    shown: list[Tensor] = []
+    wanted = _shown(rows, options.show)
     for chunk, predicted in predictions(subject, model, rows):
         found.append(counts(predicted, subject.source.masks(chunk), regions))
-        if sum(map(len, shown)) < options.show:
-            shown.append(predicted)
-    first = torch.cat(shown)[: options.show] if shown else torch.empty(0)
-    return Reading(key, name, scored(torch.cat(found), unit, options.seed), first)
+        shown.append(predicted[torch.isin(chunk, wanted)])
+    return Reading(key, name, scored(torch.cat(found), unit, options.seed), torch.cat(shown))
+
+
+def _shown(rows: Tensor, show: int) -> Tensor:
+    """Which images stand in the picture: evenly spaced, since neighbours may be frames of one sequence."""
+    return rows[torch.linspace(0, len(rows) - 1, min(show, len(rows))).round().long()]
 
 
 def _chance(subject: Subject, rows: Tensor, known: Tensor, unit: Tensor, options: Options) -> Reading:

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from geomssl.data.base import Source, Split
-from geomssl.data.layouts import Layout, Listing, OnDisk, index, lines, listed, need, read
+from geomssl.data.layouts import Layout, Listing, OnDisk, index, lines, listed, need, read, rows
 from geomssl.data.masks import UNNAMED
 from geomssl.errors import GeomsslError
 from geomssl.seeding import generator
@@ -39,7 +39,7 @@ class ADE20K(Layout):
     @staticmethod
     def load(config: Config, split: Split) -> Source:
         base = ADE20K.folder(config.root)
-        scenes = dict(line.split()[:2] for line in lines(base / "sceneCategories.txt", "the scene of every image"))
+        scenes = {row[0]: row[1] for row in rows(base / "sceneCategories.txt", "the scene of every image", "image scene")}
         kinds = sorted(set(scenes.values()))
         known = {name: label for label, name in enumerate(kinds)}
         folder, word = FOLDERS[split]
@@ -50,13 +50,21 @@ class ADE20K(Layout):
             if path.stem not in scenes:
                 said = f"{path.stem} is not in sceneCategories.txt"
                 raise GeomsslError(said, "the scene of every image", reason="bad-layout")
-            found.add(path, known[scenes[path.stem]], mask, number=int(path.stem.rpartition("_")[2]))
+            found.add(path, known[scenes[path.stem]], number=_number(path))
+            found.masks.append(mask)
         found.parameters = (index("number", found.factors["number"]),)
         if split != "test":
             order = torch.randperm(len(found.paths), generator=generator(config.seed, "ade20k-val")).tolist()
             cut = round(config.val * len(order))
             found = found.some(sorted(order[:cut] if split == "val" else order[cut:]))
         return read("ade20k", split, found, base, config)
+
+
+def _number(path: Path) -> int:
+    digits = path.stem.rpartition("_")[2]
+    if not digits.isdigit():
+        raise GeomsslError(f"{path}", "ADE_<split>_<8 digits>.jpg, as the release names it", reason="bad-layout")
+    return int(digits)
 
 
 def _things(base: Path) -> list[str]:

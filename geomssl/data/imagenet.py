@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from geomssl.data.base import Source, Split
-from geomssl.data.layouts import Layout, Listing, OnDisk, lines, listed, need, read
+from geomssl.data.layouts import Layout, Listing, OnDisk, lines, listed, need, read, rows
 from geomssl.data.tiny_imagenet import labelled, part_of
 from geomssl.errors import GeomsslError
 
@@ -62,27 +62,30 @@ def _validation(base: Path, wnids: list[str]) -> list[tuple[Path, str]]:
     # Kaggle puts its file beside ILSVRC/, three folders up
     csv = next((p / CSV for p in (base, *list(base.parents)[:3]) if (p / CSV).is_file()), None)
     if csv is not None:
-        rows = [line.replace(",", " ").split() for line in lines(csv, "ImageId,PredictionString")[1:]]
-        return [(folder / f"{row[0]}.JPEG", row[1]) for row in rows]
+        named = rows(csv, "the classes of the validation images", "ImageId PredictionString")[1:]
+        return [(folder / f"{row[0]}.JPEG", row[1]) for row in named]
     data = next((p / DEVKIT for p in (base, base.parent) if (p / DEVKIT).is_dir()), None)
     if data is None:
         raise GeomsslError(
             f"val/ of {base} without classes", f"val/<wnid>/, or {CSV}, or {DEVKIT.parts[0]}/ beside it", reason="bad-layout"
         )
     names = _synsets(need(data / META, "the classes of the development kit"))
-    truth = [int(line) for line in lines(data / TRUTH, "a class number for each image")]
+    truth = [line.strip() for line in lines(data / TRUTH, "a class number for each image")]
+    strange = next((number for number in truth if number not in names), None)
+    if strange is not None:
+        raise GeomsslError(f"class {strange!r} in {data / TRUTH}", f"a class number of {META}", reason="bad-layout")
     if len(truth) != len(images):
         said = f"{len(truth)} classes in {TRUTH} for {len(images)} images in {folder}"
         raise GeomsslError(said, "as many", reason="bad-layout")
     return [(path, names[number]) for path, number in zip(images, truth, strict=True)]
 
 
-def _synsets(path: Path) -> dict[int, str]:
-    """Class number -> wnid."""
+def _synsets(path: Path) -> dict[str, str]:
+    """Class number, as text -> wnid."""
     from scipy.io import loadmat
 
     try:
         found = loadmat(str(path), squeeze_me=True)["synsets"]
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in found.reshape(-1)}
+        return {str(int(row["ILSVRC2012_ID"])): str(row["WNID"]) for row in found.reshape(-1)}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise GeomsslError(f"cannot read {path}: {error}", "the meta.mat of the development kit", reason="bad-layout") from None

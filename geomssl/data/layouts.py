@@ -81,9 +81,8 @@ class Listing:
     regions: Sequence[str] = ()
     levels: Mapping[int, int] = field(default_factory=dict)
 
-    def add(self, path: Path, label: int, mask: Path | None = None, **factors: float) -> None:
+    def add(self, path: Path, label: int, **factors: float) -> None:
         self.paths.append(path)
-        self.masks += [] if mask is None else [mask]
         self.labels.append(label)
         for name, value in factors.items():
             self.factors.setdefault(name, []).append(float(value))
@@ -168,11 +167,25 @@ def listed(folder: Path, pattern: str, what: str) -> list[Path]:
 
 
 def lines(path: Path, what: str) -> list[str]:
-    """The lines of a text file that are not empty."""
+    """The lines of a text file that are not empty, at least one."""
     try:
-        return [line for line in need(path, what).read_text(encoding="utf-8").splitlines() if line.strip()]
+        found = [line for line in need(path, what).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise GeomsslError(f"cannot read {path}: {error}", what, reason="bad-layout") from None
+    if not found:
+        raise GeomsslError(f"{path} is empty", what, reason="bad-layout")
+    return found
+
+
+def rows(path: Path, what: str, form: str) -> list[list[str]]:
+    """The words of each line, separated by space or comma; `form` names those that every line has, such as "image class"."""
+    found = []
+    for line in lines(path, what):
+        words = line.replace(",", " ").split()
+        if len(words) < len(form.split()):
+            raise GeomsslError(f"the line {line.strip()!r} of {path}", form, reason="bad-layout")
+        found.append(words)
+    return found
 
 
 def index(name: str, values: Sequence[float]) -> Parameter:

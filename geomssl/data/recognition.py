@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import Field
 
 from geomssl.data.base import Source, Split
-from geomssl.data.layouts import Layout, Listing, OnDisk, lines, need, read
+from geomssl.data.layouts import Layout, Listing, OnDisk, lines, need, read, rows
 from geomssl.data.masks import UNNAMED
 from geomssl.data.tiny_imagenet import labelled, part_of
 from geomssl.errors import GeomsslError
@@ -79,8 +79,8 @@ class SUN397(Layout):
         table = f"{'Testing' if split == 'test' else 'Training'}_{config.partition:02d}.txt"
         places = [base / "Partitions", base.parent / "Partitions", base]
         folder = next((place for place in places if (place / table).is_file()), places[0])
-        rows = [line.strip() for line in lines(folder / table, f"a partition of {SUN397.url}, an archive of its own")]
-        named = [(base / row.lstrip("/"), _scene(row.rpartition("/")[0])) for row in rows]
+        listed = [line.strip() for line in lines(folder / table, f"a partition of {SUN397.url}, an archive of its own")]
+        named = [(base / row.lstrip("/"), _scene(row.rpartition("/")[0])) for row in listed]
         found = Listing(classes=classes)
         labelled(found, named, classes)
         return _whole("sun397", split, found, base, config)
@@ -111,9 +111,9 @@ class DTD(Layout):
     def load(config: Config, split: Split) -> Source:
         base = DTD.folder(config.root)
         table = base / "labels" / f"{split}{config.partition}.txt"
-        rows = [line.strip() for line in lines(table, "the images of the split")]
-        classes = sorted({row.partition("/")[0] for row in rows})
-        named = [(base / "images" / row, row.partition("/")[0]) for row in rows]
+        listed = [line.strip() for line in lines(table, "the images of the split")]
+        classes = sorted({row.partition("/")[0] for row in listed})
+        named = [(base / "images" / row, row.partition("/")[0]) for row in listed]
         found = Listing(classes=classes)
         labelled(found, named, classes)
         return read("dtd", split, found, base, config)
@@ -136,10 +136,10 @@ class Pets(Layout):
     def load(config: Config, split: Split) -> Source:
         base = Pets.folder(config.root)
         table = base / "annotations" / ("test.txt" if split == "test" else "trainval.txt")
-        rows = [line.split() for line in lines(table, "the images of the split")]
+        named = rows(table, "the images of the split", "image class species breed")
         breeds: dict[int, str] = {}
-        for row in rows:
-            if len(row) < 2 or not row[1].isdigit():
+        for row in named:
+            if not row[1].isdigit():
                 raise GeomsslError(f"the line {' '.join(row)!r} of {table}", "image class species breed", reason="bad-layout")
             breeds.setdefault(int(row[1]), row[0].rpartition("_")[0])
         known = {number: k for k, number in enumerate(sorted(breeds))}
@@ -149,9 +149,10 @@ class Pets(Layout):
             classes=[breeds[number] for number in sorted(breeds)], regions=("pet", "background") if masked else (),
             levels=PETS_LEVELS,
         )
-        for image, number, *_ in rows:
-            mask = need(trimaps / f"{image}.png", "a trimap for every image") if masked else None
-            found.add(need(base / "images" / f"{image}.jpg", "every image that the lists name"), known[int(number)], mask)
+        for image, number, *_ in named:
+            found.add(need(base / "images" / f"{image}.jpg", "every image that the lists name"), known[int(number)])
+            if masked:
+                found.masks.append(need(trimaps / f"{image}.png", "a trimap for every image"))
         return _whole("pets", split, found, base, config)
 
 
@@ -174,8 +175,8 @@ class Aircraft(Layout):
         plural = {"variant": "variants", "family": "families", "manufacturer": "manufacturers"}[config.labels]
         classes = [line.strip() for line in lines(base / f"{plural}.txt", f"the list of its {plural}")]
         table = base / f"images_{config.labels}_{split}.txt"
-        rows = [line.strip().partition(" ") for line in lines(table, "the images of the split")]
-        named = [(base / "images" / f"{image}.jpg", kind) for image, _, kind in rows]
+        listed = [line.strip().partition(" ") for line in lines(table, "the images of the split")]
+        named = [(base / "images" / f"{image}.jpg", kind) for image, _, kind in listed]
         found = Listing(classes=classes)
         labelled(found, named, classes)
         return read("aircraft", split, found, base, config)

@@ -56,6 +56,9 @@ class ThreeDIEBench(Layout):
             raise GeomsslError(f"no synset in {base}", "folders <synset>/<object>/image_0.jpg", reason="bad-layout")
         found = Listing(classes=synsets)
         numbers: dict[str, int] = {}
+        for synset in synsets:
+            if not any(p.is_dir() for p in (base / synset).iterdir()):
+                raise GeomsslError(f"no object in {base / synset}", "folders <object>/image_0.jpg", reason="bad-layout")
         for name in (f"{s}/{p.name}" for s in synsets for p in sorted((base / s).iterdir()) if p.is_dir()):
             numbers[name] = len(numbers)
         for name in _objects(base, list(numbers), split, config):

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field
 
 from geomssl.data.base import Source, Split
-from geomssl.data.layouts import Layout, Listing, OnDisk, lines, listed, need, read
+from geomssl.data.layouts import Layout, Listing, OnDisk, lines, listed, need, read, rows
 from geomssl.data.splits import held_out
 from geomssl.errors import GeomsslError
 
@@ -36,9 +36,8 @@ class TinyImageNet(Layout):
         words = words_of(base / "words.txt")
         found = Listing(classes=[words.get(w, w) for w in wnids])
         if split == "test":
-            rows = lines(base / "val" / "val_annotations.txt", "the labels of the val images")
-            named = [(base / "val" / "images" / row[0], row[1]) for row in (line.split() for line in rows)]
-            labelled(found, named, wnids)
+            table = rows(base / "val" / "val_annotations.txt", "the labels of the val images", "image class")
+            labelled(found, [(base / "val" / "images" / row[0], row[1]) for row in table], wnids)
             return read("tiny-imagenet", split, found, base, config)
         for label, wnid in enumerate(wnids):
             for path in listed(base / "train" / wnid / "images", "*.JPEG", "the images of every class of wnids.txt"):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from torch import Tensor, nn
 
@@ -296,3 +299,18 @@ def test_another_data_set_is_brought_to_the_encoders_images() -> None:
     assert len(found.table("regions")) == 9
     assert subject.source.name == "patches"
     assert "dataset" not in subject.provenance
+
+
+def test_the_picture_shows_images_from_all_over_the_split() -> None:
+    found = probe(made(), Options(steps=1, beside=False, show=4, side=16))
+    assert "Images 0, 8, 15, 23 of the split" in next(f for f in found.figures if f.kind == "image").caption
+    sheet = Image.open(io.BytesIO(found.files["masks.png"]))
+    assert sheet.size == (3 * 16, 4 * 16)
+    pixels = torch.from_numpy(np.array(sheet))
+    source = Patches.drawn(24, 1)
+    wanted = source.images(torch.tensor([0, 8, 15, 23])).permute(0, 2, 3, 1)
+    assert torch.equal(pixels[:, :16].reshape(4, 16, 16, 3), wanted)
+    true = source.masks(torch.tensor([0, 8, 15, 23]))
+    painted = pixels[:, 16:32].reshape(4, 16, 16, 3)
+    assert (painted[true < 0] == 0).all()
+    assert len({tuple(c) for c in painted[true >= 0].tolist()}) == 3

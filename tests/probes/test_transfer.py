@@ -37,9 +37,10 @@ def test_sides_are_brought_by_area_and_by_lines() -> None:
     """Halving by the antialiased filter keeps a mean and a constant; the ends of a ramp stay within it when enlarged."""
     flat = Resident("flat", "test", torch.full((1, 1, 8, 8), 77, dtype=torch.uint8), None)
     assert (Fitted(flat, 1, 4).images(torch.tensor([0])) == 77).all()
-    checks = ((torch.arange(64)[:, None] + torch.arange(64)) % 2 * 255).to(torch.uint8)[None, None]
+    checks = ((torch.arange(24)[:, None] + torch.arange(24)) % 2 * 255).to(torch.uint8)[None, None]
     board = Fitted(Resident("board", "test", checks, None), 1, 8).images(torch.tensor([0])).float()
-    assert (board[..., 1:-1, 1:-1] - 127.5).abs().max() <= 1, "a sampler without a prefilter would show 0 or 255"
+    # the middles of 3x3 squares are pixels: without a prefilter they would show 0 or 255
+    assert (board[..., 1:-1, 1:-1] - 127.5).abs().max() <= 4
     source = resident(3, 8)
     wanted = F.interpolate(source.pixels.double(), (12, 12), mode="bilinear")
     found = Fitted(source, 3, 12).images(torch.arange(5)).double()
