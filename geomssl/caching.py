@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from geomssl.encoders.base import Encoder
+from geomssl.encoders.expanded import Held
 from geomssl.transforms.base import Group
 
 # "fibres" and "forward" of an encoder, each from images to features
@@ -71,7 +72,8 @@ class Cache(Through):
     encoder. Train-mode BatchNorm is where they meet: the backbone sees micro-batches, the head the whole batch. Running
     statistics move in 3 alone, once an image; dropout draws in 3 what it drew in 1. Micro-batch i of k takes the rows
     i, i + k, i + 2k, ...: all are of one size, give or take a row, and each holds all views of its images when they come in
-    one joint pass of N images a view, N a multiple of k. A method of the encoder other than fibres() and forward()
+    one joint pass of N images a view, N a multiple of k. Filters that are expanded from fewer weights are worked out once a
+    step, and their gradient goes back to the weights once (Held). A method of the encoder other than fibres() and forward()
     keeps its graph, as without caching. Source: Gao et al., Scaling Deep Contrastive Learning Batch Size under Memory
     Limited Setup, 2021.
     """
@@ -82,6 +84,7 @@ class Cache(Through):
         super().__init__(encoder, passes)
         self.micro_batch, self.autocast = micro_batch, autocast
         self.calls: list[_Call] = []
+        self.held: Held | None = None
 
     def fibres(self, images: Tensor) -> Tensor:
         return self._encode("fibres", images)
@@ -91,6 +94,9 @@ class Cache(Through):
 
     def _encode(self, how: str, images: Tensor) -> Tensor:
         parts = -(-len(images) // self.micro_batch)
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters())
+        if learns and self.held is None:
+            self.held = Held(self.encoder)
         random = _random_state(images.device)
         buffers = [buffer.clone() for buffer in self.encoder.buffers()]
         with torch.no_grad():
@@ -100,7 +106,7 @@ class Cache(Through):
             features = chunks[0].new_empty(len(images), *chunks[0].shape[1:])
             for i, chunk in enumerate(chunks):
                 features[i::parts] = chunk
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.encoder.parameters()):
+        if learns:
             features.requires_grad_()
             self.calls.append(_Call(how, images, features, parts, random))
         return features
@@ -118,6 +124,9 @@ class Cache(Through):
                 features.backward(gradient[i :: call.parts])
             _set_random_state(after, call.images.device)
         self.calls.clear()
+        if self.held is not None:
+            self.held.release()
+            self.held = None
 
 
 def _random_state(device: torch.device) -> list[Tensor]:

@@ -33,9 +33,10 @@ class Learner(nn.Module):
         if not objective.trains_encoder:
             encoder.requires_grad_(False)
         readout = getattr(encoder, "readout", None)
-        self.reads_out = isinstance(readout, nn.Module) and not objective.reaches_h
-        if self.reads_out:
+        self.reads_out = False
+        if isinstance(readout, nn.Module) and not objective.reaches_h:
             readout.requires_grad_(True)
+            self.reads_out = True
 
     def train(self, mode: bool = True) -> Learner:
         super().train(mode)

@@ -19,9 +19,9 @@ class Expanded(nn.Module):
 
     `filters()` gives L(weight). They are kept until the weight is written to: in eval mode without gradients for good, with
     gradients until a backward pass has gone through them, so that all calls of a training step share one expansion and
-    one gradient. A write that PyTorch does not count, as through `weight.data`, is seen after a backward pass, `train()` or
-    `refresh()`; with gradients on the CPU, always. Inside torch.func and torch.compile, and with a weight that stands in for
-    the parameter, nothing is kept.
+    one gradient; over several backward passes of one step, see Held. A write that PyTorch does not count, as through
+    `weight.data`, is seen after a backward pass, `train()` or `refresh()`; with gradients on the CPU, always. Inside
+    torch.func and torch.compile, and with a weight that stands in for the parameter, nothing is kept.
     """
 
     weight: nn.Parameter
@@ -29,6 +29,7 @@ class Expanded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._kept: Kept | None = None
+        self._held: Tensor | None = None
 
     @abstractmethod
     def expand(self, weight: Tensor) -> Tensor:
@@ -43,9 +44,12 @@ class Expanded(nn.Module):
         weight = self.weight
         learns = torch.is_grad_enabled() and weight.requires_grad
         if (
-            (self.training and not learns) or torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter)
-            or weight.is_inference() or in_transform()
+            torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference() or in_transform()
         ):
+            return self.expand(weight)
+        if self._held is not None:
+            return self._held
+        if self.training and not learns:
             return self.expand(weight)
         if self._kept is None or not self._fresh(self._kept, weight, learns):
             found: Tensor = _Expansion.apply(weight, self) if learns else self.expand(weight.detach())
@@ -67,6 +71,7 @@ class Expanded(nn.Module):
         self._kept = None
 
     def train(self, mode: bool = True) -> Expanded:
+        self._held = None
         self.refresh()
         return super().train(mode)
 
@@ -75,7 +80,32 @@ class Expanded(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_kept": None}
+        return {**self.__dict__, "_kept": None, "_held": None}
+
+
+class Held:
+    """The filters of every Expanded below a module, worked out once for several passes and backward passes of one step.
+
+    Gradients gather at the filters; release() sends their sum to the weights. L is linear, so that is the sum of what each
+    backward pass would have sent. The weights must not change in between. torch.compile holds nothing: it expands in its graph.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.modules = [module for module in root.modules() if isinstance(module, Expanded)]
+        for module in self.modules:
+            weight = module.weight
+            # in the weight's own precision, in which the gradients of many passes are summed
+            with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
+                module._held = module.expand(weight).requires_grad_(weight.requires_grad)
+
+    def release(self) -> None:
+        """Add the gathered gradients to those of the weights, and hold nothing any more."""
+        for module in self.modules:
+            filters, module._held = module._held, None
+            if filters is None or filters.grad is None:
+                continue
+            found = module.collect(filters.grad)
+            module.weight.grad = found if module.weight.grad is None else module.weight.grad + found
 
 
 class _Expansion(torch.autograd.Function):

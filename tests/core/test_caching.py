@@ -1,6 +1,7 @@
 """Gradient caching: the gradient of the whole batch from micro-batches; statistics once an image; the same dropout twice."""
 
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import training_samples as samples
 
 from geomssl import checkpoint, training
 from geomssl.caching import Cache
+from geomssl.encoders.expanded import Expanded
 
 
 def cache_of(made, micro_batch=5):
@@ -78,6 +80,35 @@ def test_train_mode_norms_see_micro_batches_and_move_once_an_image():
     close(cached.encoder.state_dict(), after, 1e-12)
     assert cached.encoder.norms[0].num_batches_tracked - before["norms.0.num_batches_tracked"] == 3
     assert not torch.equal(after["norms.0.running_mean"], before["norms.0.running_mean"])
+
+
+@pytest.mark.parametrize("encoder", ["c4-cnn", "hssl-mnist"])
+def test_expanded_filters_are_worked_out_once_a_step_and_their_gradient_goes_back_once(encoder, monkeypatch):
+    """In eval-mode norms it is the plain gradient to rounding; and a second step sees the weights of the first."""
+    parts = {"widths": (2, 3, 4), **({"readout": "conv"} if encoder == "hssl-mnist" else {})}
+    objective = {"objective": {"name": "hssl", "projector": [6, 4], "group": "rotation"}}
+    cached, plain = (samples.learner("", encoder={"name": encoder, **parts}, **objective) for _ in range(2))
+    calls, reals = [], []
+    for name in ("expand", "collect"):
+        for module in (m for m in cached.encoder.modules() if isinstance(m, Expanded)):
+            key, real = (name, len(reals)), getattr(module, name)
+            monkeypatch.setattr(module, name, lambda t, real=real, key=key: calls.append(key) or real(t))
+            reals.append(real)
+    for made in (cached, plain):
+        for norm in (m for m in made.encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+            norm.eval()
+    for _ in range(2):
+        calls.clear()
+        found, expected = samples.step(cached, cache=cache_of(cached, 3)), samples.step(plain)
+        close(found["gradients"], expected["gradients"], 1e-9)
+        assert sorted(Counter(calls).values()) == [1] * len(calls)
+        assert len(calls) == 2 * sum(isinstance(m, Expanded) for m in cached.encoder.modules())
+        with torch.no_grad():
+            for made in (cached, plain):
+                for parameter in made.parameters():
+                    parameter.mul_(0.9)
+                made.zero_grad()
+    assert all(m._held is None for m in cached.encoder.modules() if isinstance(m, Expanded))
 
 
 def test_dropout_draws_the_same_twice_and_the_heads_draw_after_it():
