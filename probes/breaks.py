@@ -44,9 +44,9 @@ def breaks(call: Call, move: Move) -> list[Break]:
     Shifts are wrapped and go by multiples of the total stride: the windows must read across the seam, m s = n.
     """
     if call.what == "position":
-        return [Break("places", "adds what depends on the place")]
+        return [Break("places", "it adds what depends on the place")]
     if call.what == "linear over places":
-        return [Break("places", f"weighs each of {call.size_in[0]}x{call.size_in[1]} places by itself")]
+        return [Break("places", f"it weighs each of {call.size_in[0]}x{call.size_in[1]} places by itself")]
     if call.what == "unread":
         return [Break("unread", f"{call.name} takes {_by(call.size_in)} to {_by(call.size_out)}; the reader does not know it")]
     if not call.grid:

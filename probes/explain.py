@@ -28,6 +28,7 @@ from geomssl.probes.static import Call, Move, read
 from geomssl.progress import track
 from geomssl.transforms.base import Transform
 from geomssl.transforms.groups import Translations
+from geomssl.transforms.photometric import Photometric
 
 METHOD = "paired percentile bootstrap over images"
 # A total above which something is left to explain.
@@ -75,7 +76,8 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         names, asked = names_of(calls), moves(transform)
         metered = meter(f, images.split(subject.batch_size), calls)
         base = measured(f)
-        chosen, unbuilt, waiting = suspects(calls, asked, metered, options.repairs)
+        colours = isinstance(transform, Photometric)
+        chosen, unbuilt, waiting = ([], {}, []) if colours else suspects(calls, asked, metered, options.repairs)
         several = joints([*chosen, *waiting]) if chosen else []
         effects: list[Effect] = []
         joined: list[Effect] = []
@@ -192,7 +194,7 @@ def _metrics(
         reason = None if bounds else none if not effects else "the features do not vary in some resample"
         return Metric(name, one.change if one else None, n=n, interval=bounds, better="lower", reason=reason, about=about)
 
-    best, every = (effects[0], [*effects, *joined][-1]) if effects else (None, None)
+    best, every = (effects[0], joined[-1] if joined else effects[0]) if effects else (None, None)
     skipping = [call.number for call in calls if call.grid and call.number in metered]
     most = max(skipping, key=lambda number: metered[number].share(), default=None)
     found = metered[most].interval(options.seed, options.level, options.resamples) if most is not None else None
@@ -231,7 +233,9 @@ def _headline(
 ) -> str:
     broken = [c for c in calls if any(needed(breaks(c, move)) for move in asked)]
     causes = list(dict.fromkeys(b.cause for c in broken for move in asked for b in needed(breaks(c, move))))
-    if not asked:
+    if isinstance(transform, Photometric):
+        read_as = "it moves no pixels, so that no grid has to break it"
+    elif not asked:
         read_as = "the rules of exactness do not speak of it, since it resamples"
     elif broken:
         where = ", ".join(names[c.number] for c in broken[:3]) + (", ..." if len(broken) > 3 else "")

@@ -111,7 +111,7 @@ def repairs(call: Call, asked: Sequence[Move]) -> tuple[list[Repair], str]:
     if call.what == "position":
         return [_of(call, "the same at all places (its mean)", "places", lambda *a: _level(call, *a))], ""
     if not call.grid:
-        return [], found[0].words + ": no repair of padding, stride or pooling touches it" if found else ""
+        return [], "no repair of padding, stride or pooling touches it" if found else ""
     made: list[Repair] = []
     why = [_because(call, b) for b in found if b.cause not in ("padding", "stride", "grid")]
     shift = "shift" in asked

@@ -247,6 +247,12 @@ def test_a_data_set_of_formulas_and_a_folder_are_taken_as_they_are(tmp_path):
     assert probe(Subject(net, fields), Options(resamples=100, n=6)).provenance["images"] == "fields"
 
 
+def test_what_moves_no_pixels_is_no_matter_of_grids():
+    found = probe(subject(OffGrid()), Options(transform="brightness(0.2)", draws=2, resamples=100))
+    assert "it moves no pixels, so that no grid has to break it; there was no padding" in found.headline
+    assert len(found.table("repairs")) == 0
+
+
 def test_a_named_layer_is_explained_by_the_calls_before_it():
     found = probe(subject(OffGrid()), Options(layer="stem", resamples=100))
     assert found.table("layers").columns["layer"] == ["stem"]
