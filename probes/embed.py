@@ -18,12 +18,15 @@ from torch import Tensor
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
 from geomssl.probes import checks, pictures, subject
+from geomssl.probes.question import LABEL, described
 from geomssl.probes.tangent import chance_and_ceiling
 from geomssl.progress import track
 from geomssl.seeding import seeded
 
 FEWEST = 30
 MOST = 2000
+# A number is shown in so many ranges, each with a colour of its own.
+RANGES = 8
 
 
 def pacmap_map(features: Tensor, seed: int = 0, neighbours: int = 10) -> Tensor:
@@ -115,6 +118,7 @@ def label_agreement(points: Tensor, labels: Tensor, k: int = 10) -> Tensor:
 class Options(subject.Options):
     """Settings of the embedding probe."""
 
+    colour: str = Field(LABEL, description="what colours the points: label, or a factor (session; azimuth in eight ranges)")
     layer: Literal["h", "z"] = Field("h", description="what is mapped: the features h or the projector's output z")
     neighbours: int = Field(10, ge=2, description="neighbours that PaCMAP holds on to")
     k: int = Field(10, ge=1, description="neighbours in trustworthiness, continuity and label agreement")
@@ -134,7 +138,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     equal = len(features) - len(torch.unique(features.float(), dim=0))
     if equal:
         notes.append(f"{equal} features equal another one exactly; they share its place on the map.")
-    labels = None if subject.source.labels is None else subject.source.labels.cpu()[indices]
+    labels, names = _colours(subject, options.colour, indices)
     seeds = range(options.seed, options.seed + options.seeds)
     maps = [pacmap_map(features, seed, options.neighbours) for seed in track(seeds, "PaCMAP")]
     plane = pca_map(features)
@@ -147,26 +151,28 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     )
     picture, columns = pictures.sprite(subject.images(indices))
     value = {m.name: m.value for m in metrics}
+    series, word = None if names is None else options.colour, "class" if options.colour == LABEL else options.colour
     return Artifact(
         probe="embed",
         title=f"A map of the {'features' if options.layer == 'h' else 'projections'} {options.layer}",
         headline=(
             f"On the PaCMAP map of {len(features)} images trustworthiness is {value['trustworthiness']:.3f} "
             f"(PCA map {value['trustworthiness_pca']:.3f}; a random map about .5)"
-            + ("." if labels is None else f"; {value['label_agreement']:.1%} of the nearest points share the label.")
+            + ("." if labels is None else f"; {value['label_agreement']:.1%} of the nearest points share the {options.colour}.")
         ),
         definition=(
             "trustworthiness = 1 - 2 / (n k (2n - 3k - 1)) sum_i sum_j max(0, rank(i, j) - k), j over the k nearest points "
             f"of i on the map, rank in the features, k = {options.k}: it falls where the map invents neighbours. continuity: "
             "the same with map and features exchanged: it falls where the map tears neighbours apart. label agreement: the "
-            f"mean share of the {options.k} nearest points with the same label."
+            f"mean share of the {options.k} nearest points with the same {options.colour}"
+            + (f", in {RANGES} ranges." if names and " to " in names[0] else ".")
         ),
         metrics=metrics,
-        tables=[_table(indices, maps[0], plane, labels, subject)],
+        tables=[_table(indices, maps[0], plane, options.colour, names)],
         figures=[
-            _scatter("map", "PaCMAP map", "x", "y", columns, labels is not None,
-                     f"Seed {options.seed}. Every point is an image; colour is its class, which the map did not see."),
-            _scatter("pca", "The first two principal components", "pca_x", "pca_y", columns, labels is not None,
+            _scatter("map", "PaCMAP map", "x", "y", columns, series,
+                     f"Seed {options.seed}. Every point is an image; colour is its {word}, which the map did not see."),
+            _scatter("pca", "The first two principal components", "pca_x", "pca_y", columns, series,
                      "The same images on the plane of largest variance, for comparison."),
         ],
         notes=notes,
@@ -199,7 +205,7 @@ def _metrics(
         metrics.append(_fixed(f"{name}_pca", measure(features, plane, k), n, f"{about}, PCA map"))
     if labels is None:
         return metrics
-    about = f"mean share of the {k} nearest points with the same label"
+    about = f"mean share of the {k} nearest points with the same {options.colour}"
     agreement = [float(label_agreement(m, labels, k).mean()) for m in maps]
     chance, _ = chance_and_ceiling(labels, [torch.arange(n)])
     return [
@@ -207,7 +213,7 @@ def _metrics(
         _over_seeds("label_agreement", agreement, n, f"{about}, on the map"),
         _fixed("label_agreement_pca", float(label_agreement(plane, labels, k).mean()), n, f"{about}, on the PCA map"),
         _fixed("label_agreement_features", float(label_agreement(features, labels, k).mean()), n, f"{about}, in the features"),
-        _fixed("label_agreement_chance", chance, n, "share of the same label among all other images"),
+        _fixed("label_agreement_chance", chance, n, f"share of the same {options.colour} among all other images"),
     ]
 
 
@@ -221,13 +227,30 @@ def _fixed(name: str, value: float, n: int, about: str) -> Metric:
     return Metric(name, value, n, reason="a description of these images, with nothing drawn", about=about)
 
 
-def _scatter(name: str, title: str, x: str, y: str, columns: int, labelled: bool, caption: str) -> Figure:
-    return Figure(
-        name, "scatter", title, caption, "map", x, y, "label" if labelled else None, sprite="sprite.png", sprite_columns=columns
-    )
+def _scatter(name: str, title: str, x: str, y: str, columns: int, series: str | None, caption: str) -> Figure:
+    return Figure(name, "scatter", title, caption, "map", x, y, series, sprite="sprite.png", sprite_columns=columns)
 
 
-def _table(indices: Tensor, mapped: Tensor, plane: Tensor, labels: Tensor | None, subject: subject.Subject) -> Table:
+def _colours(subject: subject.Subject, name: str, indices: Tensor) -> tuple[Tensor | None, list[str] | None]:
+    """A colour (n,) for each image and its name; None and None for the label of a data set without labels.
+
+    A category as it is; a number in eight equal ranges of its declared range, the same on every map.
+    """
+    if name == LABEL and subject.source.labels is None:
+        return None, None
+    parameter, values = described(subject, name, "own")
+    values = values[indices]
+    if name == LABEL:
+        return values, subject.class_names(values)
+    if parameter.kind in ("index", "binary"):
+        return values, [str(v) for v in values.tolist()]
+    step = (parameter.high - parameter.low) / RANGES
+    ranges = ((values - parameter.low) / step).floor().clamp(0, RANGES - 1).long()
+    ends = [f"{parameter.low + k * step:.3g} to {parameter.low + (k + 1) * step:.3g}" for k in range(RANGES)]
+    return ranges, [ends[k] for k in ranges.tolist()]
+
+
+def _table(indices: Tensor, mapped: Tensor, plane: Tensor, colour: str, names: list[str] | None) -> Table:
     columns: dict[str, list[Any]] = {
         "index": indices.tolist(),
         "x": _rounded(mapped[:, 0].numpy()),
@@ -235,8 +258,8 @@ def _table(indices: Tensor, mapped: Tensor, plane: Tensor, labels: Tensor | None
         "pca_x": _rounded(plane[:, 0].numpy()),
         "pca_y": _rounded(plane[:, 1].numpy()),
     }
-    if labels is not None:
-        columns["label"] = subject.class_names(labels)
+    if names is not None:
+        columns[colour] = list(names)
     return Table("map", "Where every image lies", columns, "x, y: PaCMAP. pca_x, pca_y: principal components. No units.")
 
 

@@ -26,6 +26,10 @@ from geomssl.transforms.base import Transform
 
 RESAMPLES = 2000
 NO_INTERVAL = "too few of them to resample, or a resample in which nothing varies"
+# Parameters that get a picture of predicted against true, and its points.
+DRAWN, POINTS = 6, 200
+
+
 class Options(subjects.Options):
     """Settings of the regression probe."""
 
@@ -87,12 +91,13 @@ def probe(subject: Subject, options: Options) -> Artifact:
             "sine), categories as one-hot."
         ),
         metrics=[*mean, *_metrics(scores)],
-        tables=[_table(scores), *_accuracies(readings[0], targets, train)],
+        tables=[_table(scores), *_accuracies(readings[0], targets, train), *_points(readings[0], targets, test, options.seed)],
         figures=[
             Figure(
                 "r2", "bar", "R² of each parameter", f"Bars: 95 % intervals, bootstrap over {unit}.", "r2", "parameter", "r2",
                 "features", "low", "high", x_label="parameter", y_label="R² on test pairs",
-            )
+            ),
+            *_scatters(_drawn(targets), len(test.first)),
         ],
         notes=notes, options=options.model_dump(mode="json"), provenance=subject.provenance,
     )
@@ -302,6 +307,38 @@ def _accuracies(main: Reading, targets: list[Target], train: Pairs) -> list[Tabl
             rows[key].append(value)
     about = "low and high: Wilson's 95 % interval. majority: always saying the most frequent value of the training pairs."
     return [Table("accuracy", "Accuracy of flips and categories", dict(rows), about)] if rows["n"] else []
+
+
+def _drawn(targets: list[Target]) -> list[Target]:
+    return [t for t in targets if t.kind in ("continuous", "angle")][:DRAWN]
+
+
+def _scatters(targets: list[Target], n: int) -> list[Figure]:
+    found = []
+    for t in targets:
+        unit = " (degrees of its period)" if t.kind == "angle" else f" ({t.unit})" if t.unit else ""
+        found.append(Figure(
+            f"predicted_{t.name}", "scatter", f"{t.name}, predicted against true",
+            f"Test pairs ({min(n, POINTS)} of {n}), from the encoder's features. On the diagonal all is read.", "predicted",
+            f"true {t.name}", f"predicted {t.name}", x_label=f"true {t.name}{unit}", y_label=f"predicted {t.name}{unit}",
+        ))
+    return found
+
+
+def _points(main: Reading, targets: list[Target], test: Pairs, seed: int) -> list[Table]:
+    """Predicted and true values of some test pairs; of an angle its phase in degrees, -180 to 180."""
+    drawn = _drawn(targets)
+    if not drawn:
+        return []
+    rows = torch.randperm(len(test.first), generator=generator(seed, "predicted-points"))[:POINTS].sort().values
+    columns: dict[str, list[float | int]] = {"index": test.first[rows].tolist()}
+    for t in drawn:
+        for word, values in (("true", main.wanted), ("predicted", main.predicted)):
+            own = values[rows, t.columns]
+            shown = torch.atan2(own[:, 1], own[:, 0]).rad2deg() if t.kind == "angle" else own[:, 0]
+            columns[f"{word} {t.name}"] = [float(f"{v:.5g}") for v in shown.tolist()]
+    about = "From the encoder's features; index: of the pair's first image."
+    return [Table("predicted", "Predicted and true", dict(columns), about)]
 
 
 def _class(values: Tensor) -> Tensor:

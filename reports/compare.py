@@ -198,8 +198,11 @@ def _plate(name: str, kind: str, drawn: Mapping[str, Figure], question: Question
     together = merged(held) if held else None
     sizes = [len(t) for t in held.values()]
     if kind in ("image", "scatter") or len(drawn) == 1 or len(held) < len(drawn):
+        # the places of a map mean nothing beside another map's; predicted and true values do
+        mapped = kind == "image" or figure.sprite is not None or len(held) < max(2, len(drawn))
+        limits = None if mapped else figures.shared([(f, held[run]) for run, f in drawn.items()])
         panels = [
-            Panel(run if len(runs) > 1 else "", f, tables[run], artifact=artifacts[run]) for run, f in drawn.items()
+            Panel(run if len(runs) > 1 else "", f, tables[run], limits, artifacts[run]) for run, f in drawn.items()
         ]
         return Plate(name, figure, panels, together, sizes)
     assert together is not None

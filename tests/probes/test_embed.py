@@ -27,6 +27,7 @@ from geomssl.probes.embed import (
     trustworthiness,
 )
 from geomssl.probes.subject import Subject
+from geomssl.transforms.base import Parameter
 
 
 def clusters(n: int = 90, d: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -249,3 +250,20 @@ def test_a_sheet_of_2000_images_stays_small(channels: int, size: int) -> None:
     width, height = Image.open(io.BytesIO(data)).size
     assert width % columns == 0
     assert width == height
+
+
+def test_points_are_coloured_by_a_factor(make_subject: Callable[..., Subject]) -> None:
+    """A category as it is, a number in eight ranges of what the data set declares, so that two maps share their colours."""
+    subject = make_subject()
+    angle = torch.linspace(1, 359, 60)
+    subject.source.factors.update(session=(torch.arange(60) % 3).float(), angle=angle)  # type: ignore[attr-defined]
+    subject.source.parameters = (Parameter("angle", "degrees", "periodic", 0.0, 0.0, 360.0),)
+    found = probe(subject, Options(seeds=1, colour="angle"))
+    assert [f.series for f in found.figures] == ["angle", "angle"]
+    assert found.table("map").columns["angle"] == [f"{45 * (v // 45):.3g} to {45 * (v // 45 + 1):.3g}" for v in angle.tolist()]
+    plain = probe(subject, Options(seeds=1, colour="session"))
+    assert plain.table("map").columns["session"] == [str(i % 3) for i in range(60)]
+    assert plain.table("map").columns["x"] == found.table("map").columns["x"]
+    assert plain.metric("label_agreement_chance").value == pytest.approx(19 / 59)
+    with pytest.raises(GeomsslError, match="did you mean 'session'"):
+        probe(subject, Options(seeds=1, colour="sesion"))

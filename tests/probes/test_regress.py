@@ -139,6 +139,13 @@ def test_factors_of_pairs_are_read_where_the_features_have_them() -> None:
     assert found.metric("r2_place").interval is not None
     assert "objects" in found.metric("r2_place").interval.method  # type: ignore[union-attr]
     assert any("random encoder" in note for note in found.notes)
+    points = found.table("predicted").columns
+    assert {f.name for f in found.figures} == {"r2", "predicted_place", "predicted_noise"}
+    pairs, _ = factor_pairs(subject, torch.arange(len(subject.source)), "own", 0)
+    change = dict(zip(pairs.first.tolist(), pairs.values[:, 0].tolist(), strict=True))
+    assert points["true place"] == pytest.approx([change[i] for i in points["index"]], abs=1e-4)
+    off = torch.tensor(points["predicted place"]) - torch.tensor(points["true place"])
+    assert off.abs().mean() < 0.2 * torch.tensor(points["true place"]).std()
 
 
 def test_every_image_is_paired_once_with_another_of_its_object() -> None:
@@ -184,6 +191,7 @@ def test_a_flip_has_an_accuracy_beside_its_r2(make_subject: Callable[..., Subjec
     assert table["accuracy"][0] > 0.97
     assert abs(table["majority"][0] - 0.5) < 0.15
     assert table["low"][0] <= table["accuracy"][0] <= table["high"][0]
+    assert [f.name for f in found.figures] == ["r2"]
     assert found.metric("r2_on").value > 0.8  # type: ignore[operator]
     assert found.metric("r2_mean_null").value < 0.05  # type: ignore[operator]
     assert found.metric("r2_on_gain_over_pixels").interval is not None

@@ -128,6 +128,18 @@ class TestPlates:
         assert [p.title for p in found.panels] == ["a", "b"]
         assert [len(p.table) for p in found.panels] == [360, 360]
 
+    def test_points_that_are_measured_share_their_axes_and_places_on_a_map_do_not(self):
+        def points(run, most, sprite=None):
+            table = Table("t", "", {"true": [0.0, 1.0], "predicted": [0.0, most]})
+            figure = Figure("f", "scatter", "F", table="t", x="true", y="predicted", sprite=sprite)
+            return one(run, 0.5, tables=[table], figures=[figure])
+
+        first, second = plate(points("a", 1.0), points("b", 9.0)).panels
+        assert first.limits == second.limits
+        assert first.limits.y[1] > 9
+        assert {p.limits for p in plate(points("a", 1.0, "s.png"), points("b", 9.0, "s.png")).panels} == {None}
+        assert plate(points("a", 1.0)).panels[0].limits is None
+
     def test_an_image_without_a_table_has_the_first(self):
         bare = dataclasses.replace(saliency("a"), figures=[Figure("maps", "image", "M", file="maps.png")])
         assert plate(bare).table is bare.tables[0]
