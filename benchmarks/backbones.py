@@ -1,9 +1,7 @@
-"""The H-SSL backbones and their layers against plain convolutions of equal multiply-adds and groups, and e2cnn and escnn."""
+"""The H-SSL backbones and their layers against plain convolutions of equal multiply-adds and groups; peers.py has others."""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from torch import Tensor, nn
 
 SIZE, BATCH, FIELDS = 32, 16, 16
 NARROW = {"stem": (9, 16), "widths": (16, 32, 64)}
+PLACES = {"rotation": 4, "translation": 1, "scale": 6}
 
 
 @dataclass(frozen=True)
@@ -31,10 +30,8 @@ class Memory(Row):
 
 
 def main() -> list[Row]:
-    from geomssl.encoders import GroupConv2d
     from geomssl.encoders.hermite import HermiteConv2d
     from geomssl.encoders.homomorphic import SCALES
-    from geomssl.transforms import CyclicRotations
 
     rows, where = [], device()
     for group, mixing, places in (("rotation", "none", 4), ("scale", "none", 6), ("rotation", "full", 4)):
@@ -47,40 +44,27 @@ def main() -> list[Row]:
             "conv2d of equal multiply-adds and groups", step(plain.to(where), x.movedim(2, 1).flatten(1, 2)), rounds=9,
             target="≥ 0.95",
         ))
-    rows.append(duel(
-        f"hssl-cifar10, rotation, widths {NARROW['widths']}, 25×25, batch {BATCH}", step(network("rotation"), pictures(where)),
-        "the same of plain conv2d, equal groups", step(network("none"), pictures(where)), rounds=7, target="≥ 0.95",
-    ))
-    lifted = torch.randn(BATCH, FIELDS, 4, SIZE, SIZE, device=where)
-    ours = GroupConv2d(FIELDS, FIELDS, 3, CyclicRotations(4), padding=1, bias=False).to(where)
-    for library in ("e2cnn", "escnn"):
-        if importlib.util.find_spec(library) is None:
-            print(f"{library} is not installed: its rows are left out", file=sys.stderr)
-            continue
-        theirs, wrapped = peer(library, lifted.flatten(1, 2))
-        rows.append(duel(
-            f"C4 GroupConv2d, {FIELDS} fields, 3×3, {SIZE}×{SIZE}, batch {BATCH}", step(ours, lifted), f"{library} R2Conv",
-            step(theirs, wrapped), rounds=9, target="≥ 1",
-        ))
-        rows.append(duel(
-            "construction of three C4 layers, 64 fields, 3×3",
-            lambda: [GroupConv2d(64, 64, 3, CyclicRotations(4), bias=False) for _ in range(3)],
-            f"{library} R2Conv", lambda library=library: [peer_layer(library, 64) for _ in range(3)], rounds=3, target="≥ 10",
-            warm=0,
-        ))
+    for group in PLACES:
+        for batch in (BATCH, 4 * BATCH):
+            images = pictures(where, batch)
+            rows.append(duel(
+                f"hssl-cifar10, {group}, widths {NARROW['widths']}, 25×25, batch {batch}", step(network(group), images),
+                "the same of plain conv2d, equal groups", step(network("none", PLACES[group]), images), rounds=7,
+                target="≥ 0.95",
+            ))
     if where.type == "cpu" and Path("/proc/self/status").is_file():
         rows.append(memory())
     return rows
 
 
-def network(group: str) -> nn.Module:
+def network(group: str, places: int = 4) -> nn.Module:
     from geomssl import encoders
 
-    return encoders.build("hssl-cifar10", 3, group=group, fibres=4, **NARROW).to(device())
+    return encoders.build("hssl-cifar10", 3, group=group, fibres=places, **NARROW).to(device())
 
 
-def pictures(where: torch.device) -> Tensor:
-    return torch.rand(BATCH, 3, 25, 25, device=where)
+def pictures(where: torch.device, batch: int = BATCH) -> Tensor:
+    return torch.rand(batch, 3, 25, 25, device=where)
 
 
 def step(layer: Callable[..., Tensor], x: Tensor) -> Callable[[], None]:
@@ -95,22 +79,6 @@ def step(layer: Callable[..., Tensor], x: Tensor) -> Callable[[], None]:
         torch.autograd.grad(y, [x if isinstance(x, Tensor) else x.tensor, *weights], torch.ones_like(y))
 
     return run
-
-
-def peer_layer(library: str, fields: int) -> nn.Module:
-    """A C4 convolution of e2cnn or escnn between as many regular fields."""
-    gspaces = importlib.import_module(f"{library}.gspaces")
-    theirs = importlib.import_module(f"{library}.nn")
-    space = gspaces.Rot2dOnR2(4) if library == "e2cnn" else gspaces.rot2dOnR2(4)
-    kind = theirs.FieldType(space, fields * [space.regular_repr])
-    return theirs.R2Conv(kind, kind, kernel_size=3, padding=1, bias=False)
-
-
-def peer(library: str, flat: Tensor) -> tuple[nn.Module, object]:
-    """Such a layer and an input of its type."""
-    layer = peer_layer(library, FIELDS).to(flat.device)
-    theirs = importlib.import_module(f"{library}.nn")
-    return layer, theirs.GeometricTensor(flat.clone().requires_grad_(True), layer.in_type)
 
 
 def memory() -> Row:
