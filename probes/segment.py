@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import matplotlib
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -230,6 +229,8 @@ def _each(readings: list[Reading], regions: list[str]) -> Table:
 
 def _palette(regions: int) -> Tensor:
     """A colour (K + 1, 3) for each region; black, the last, for pixels without a name."""
+    import matplotlib
+
     if regions <= 20:
         colours = torch.tensor(matplotlib.colormaps["tab20"].colors[:regions])  # type: ignore[attr-defined]
     else:

@@ -19,7 +19,7 @@ from geomssl.progress import track
 from geomssl.seeding import generator, seeded
 
 # Images by which features are standardised, and the share of the decoder's rate at which an encoder learns along.
-SAMPLE, SLOWER, DECAY = 256, 0.1, 1e-4
+SAMPLE, SLOWER, DECAY = 64, 0.1, 1e-4
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ def fit(subject: Subject, rows: Tensor, regions: int, how: Schedule) -> Segmente
         sample = torch.cat([places(encoder.fibres(images)).cpu() for _, images in subject.batches(
             rows[:SAMPLE], "features of a sample", "train")])
     with seeded(how.seed, "segment-initialise"):
-        decoder = DECODERS[how.decoder](sample.shape[1], tuple(sample.shape[2:]), regions, source.channels, source.size)
+        grid = (sample.shape[2], sample.shape[3])
+        decoder = DECODERS[how.decoder](sample.shape[1], grid, regions, source.channels, source.size)
     model = Segmenter(encoder, Standardised(sample), decoder).to(subject.device, subject.dtype)
     known = None
     if how.frozen and how.steps * how.images > len(rows):

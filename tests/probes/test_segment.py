@@ -12,6 +12,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, jaccard_score
 from torch import Tensor, nn
 
+from geomssl import encoders
 from geomssl.data.base import Resident, to_unit
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
@@ -314,3 +315,25 @@ def test_the_picture_shows_images_from_all_over_the_split() -> None:
     painted = pixels[:, 16:32].reshape(4, 16, 16, 3)
     assert (painted[true < 0] == 0).all()
     assert len({tuple(c) for c in painted[true >= 0].tolist()}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "grid"),
+    [
+        ("c4-cnn", {"widths": [4, 4, 4]}, (16, 4, 4)), ("mlp", {"size": 16}, None),
+        ("vit-small", {"size": 16, "width": 24, "depth": 1, "heads": 2}, (24, 4, 4)),
+    ],
+)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_group_maps_tokens_and_single_places_are_read(name: str, options: dict, grid: tuple | None, frozen: bool) -> None:
+    """Orientations lie side by side, tokens on their grid; an encoder that learnt along is the one that its weights say."""
+    torch.manual_seed(0)
+    subject = made(n=4, known=8, encoder=encoders.build(name, in_channels=3, **options))
+    model = fit(subject, torch.arange(8), 3, Schedule(2, 4, 1e-2, frozen, "hypernetwork", 0))
+    images = to_unit(subject.source.images(torch.arange(4)))
+    if grid is not None:
+        assert places(model.encoder.fibres(images)).shape == (4, *grid)
+    fresh = encoders.build(name, in_channels=3, **options).eval().requires_grad_(False)
+    fresh.load_state_dict(model.encoder.state_dict())
+    assert torch.equal(model.encoder.fibres(images), fresh.fibres(images)), "no filters of an earlier step are left"
+    assert model(images).shape == (4, 3, SIZE, SIZE)
