@@ -107,7 +107,7 @@ class Artifact:
     """What one probe found about one subject.
 
     headline: one sentence in words that states the main figure. notes: further plain sentences (warnings, cut-offs).
-    definition: the equation and the reading of the main figure. files: PNG bytes by name, for figures.
+    definition: the equation and the reading of the main figure. files: bytes by name, PNG of figures and sums of images.
     provenance: checkpoint hash, dataset, split, seed, versions, dtype, device, command, run name.
     """
 
@@ -156,8 +156,11 @@ class Artifact:
             "files": sorted(self.files),
         }
 
-    def save(self, folder: Path | str) -> Path:
-        """Write `<folder>/<probe>/<hash>[@step]/` whole or not at all, and return it. An older one there is replaced."""
+    def save(self, folder: Path | str, drawn: bool = True) -> Path:
+        """Write `<folder>/<probe>/<hash>[@step]/` whole or not at all, and return it. An older one there is replaced.
+
+        drawn: write every figure as SVG too. Without them nothing is lost: a report draws figures from their tables.
+        """
         from geomssl import figures
 
         target = place(folder, self.probe, self.options, self.step)
@@ -170,9 +173,9 @@ class Artifact:
             for name, data in self.files.items():
                 files.write(part / name, data)
             for figure in self.figures:
-                if figure.kind != "image":
-                    drawn = figures.draw(figure, self.table(str(figure.table)), "file")
-                    files.write(part / f"{figure.name}.svg", drawn)
+                if drawn and figure.kind != "image":
+                    text = figures.draw(figure, self.table(str(figure.table)), "file")
+                    files.write(part / f"{figure.name}.svg", text)
             files.write(part / "artifact.json", json.dumps(self.to_json(), indent=1, allow_nan=False))
             if target.exists():
                 os.rename(target, old)

@@ -68,8 +68,8 @@ def sequential(
 ) -> tuple[Artifact, list[Verdict]]:
     """Measure at planned looks within a budget of images until a look decides: the last artifact and its verdicts.
 
-    measure: from options of the rule's probe to its artifact. A probe whose level cannot be set, or whose rule fixes n, gets
-    one look at all of the budget.
+    measure: from options of the rule's probe to its artifact. A probe whose level cannot be set gets one look at all of the
+    budget, and so does a rule that only compares: its baseline has one number of images.
     """
     from geomssl.probes import looks
     from geomssl.reports.gate import Rules, evaluate
@@ -79,7 +79,8 @@ def sequential(
         found = measure({**rule.options, "n": budget})
         return found, evaluate([found], rules, baselines)
     asked = {key: _asked(rule, key) for key in ("level", "resamples")}
-    for look in looks.plan(budget, float(asked["level"])):
+    shares = (1.0,) if rule.compares and rule.limit is None else looks.FRACTIONS
+    for look in looks.plan(budget, float(asked["level"]), shares):
         how = {"n": look.images, "level": look.level, "resamples": look.resamples(int(asked["resamples"]))}
         found = looks.marked(measure({**rule.options, **how}), look, **asked)
         verdicts = evaluate([found], rules, baselines)

@@ -8,7 +8,9 @@ from geomssl import encoders
 from geomssl.data.base import Resident
 from geomssl.encoders import GroupConv2d, wrap
 from geomssl.errors import GeomsslError
+from geomssl.probes import power
 from geomssl.probes.equivariance import Options, equivariance_error, equivariance_errors, probe
+from geomssl.probes.looks import plan
 from geomssl.probes.subject import Subject
 from geomssl.reports.gate import Rule, Rules, evaluate
 from geomssl.transforms import CyclicRotations, Translate, Translations
@@ -177,6 +179,13 @@ class TestTokens:
         bad = {layer for layer, flat in zip(rows["layer"], rows["degenerate"], strict=True) if flat}
         assert {"block[prefix]", "block.norm2[prefix]"} <= bad
         assert (verdict.verdict, verdict.reason) == ("inconclusive", "degenerate")
+
+    def test_the_power_of_a_gate_over_all_layers_is_told_without_them(self):
+        data = Resident("noise", "test", (images(size=16) * 255).to(torch.uint8), None)
+        subject = Subject(wrap(TinyViT(), in_channels=1), data, dtype=torch.float64)
+        options = Options(layer="block*", transform="translations", draws=2, step=4, n=6)
+        rows = power.measure(subject, options, 0.1, plan(6), 0.95, trials=4)
+        assert rows.columns["trials"] == [4, 4, 4]
 
     @pytest.mark.parametrize("ruin", ["patches", "cleaned", "refused"])
     def test_nothing_is_set_apart_where_the_patches_are_constant_or_nothing_is_known(self, ruin):

@@ -300,6 +300,21 @@ class TestSequential:
         seen, _, verdict = self.looks(network, 0.01, transform="rotate(15)", references=0)
         assert (verdict.reason, len(seen)) == ("inexact-pair", 1)
 
+    def test_a_rule_that_only_compares_looks_once_at_as_many_images_as_its_baseline(self, network):
+        from geomssl.commands.judging import sequential
+
+        of, seen = subject(encoder=network), []
+
+        def measure(given):
+            seen.append(given["n"])
+            return equivariance.probe(of, equivariance.Options(**given))
+
+        rule = Rule(name="turns", probe="equivariance", max_increase=0.1, options={"transform": "c4"})
+        before = equivariance.probe(of, equivariance.Options(n=80))
+        _, (verdict,) = sequential(rule, measure, 80, [before])
+        assert (verdict.verdict, seen, verdict.look["of"]) == ("pass", [80], 1)
+        assert verdict.interval.method == "paired, 80 images the same in both"
+
     def test_images_of_a_look_are_among_those_of_the_next(self):
         of = subject()
         few, more = (set(of.choose(equivariance.Options(n=n)).tolist()) for n in (32, 64))

@@ -92,7 +92,9 @@ def test_the_baseline_of_the_page_is_compared(folder, capsys):
     first, second = (text.strip() for text in blocks("sh"))
     assert run(first) == 0
     assert run(second) == 0
-    assert "total < baseline + 0.02" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "total < baseline + 0.02" in said
+    assert "Bounds: paired, 256 images the same in both." in said
 
 
 def test_the_whole_file_has_the_steps_of_the_page():
