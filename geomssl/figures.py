@@ -54,11 +54,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Series:
-    """One line, one set of bars or one cloud: its label, its rows, and the place of its colour, dash and marker."""
+    """One line, one set of bars or one cloud: its label, its rows, and the place of its colour, dash and marker.
+
+    width: of a line; the usual one where None.
+    """
 
     label: str
     rows: list[int]
     style: int
+    width: float | None = None
 
 
 def draw(
@@ -117,7 +121,7 @@ def split(figure: Figure, table: Table, order: Sequence[str] = ()) -> list[Serie
     """The rows of each series; one series when the figure names none.
 
     In order of first appearance, but sorted in a scatter, so that a class has the same colour on every map. Labels in
-    `order` are styled by their place there.
+    `order` are styled by their place there; moments of one run ("NAME @STEP") alike, and the later the wider.
     """
     _column(table, str(figure.x))
     _column(table, str(figure.y))
@@ -127,9 +131,29 @@ def split(figure: Figure, table: Table, order: Sequence[str] = ()) -> list[Serie
     for row, value in enumerate(_column(table, figure.series)):
         found.setdefault("none" if value is None else str(value), []).append(row)
     labels = sorted(found, key=_natural) if figure.kind == "scatter" else list(found)
-    places = {label: place for place, label in enumerate(order)}
+    places = _moments(order) or {label: (place, None) for place, label in enumerate(order)}
     others = iter(range(len(places), len(places) + len(labels)))
-    return [Series(label, found[label], places[label] if label in places else next(others)) for label in labels]
+    return [Series(label, found[label], *(places[label] if label in places else (next(others), None))) for label in labels]
+
+
+def _moments(order: Sequence[str]) -> dict[str, tuple[int, float]]:
+    """Style and width of each label where some are moments of a run, "NAME @STEP": a style a run, and the later the wider.
+
+    Empty where none is.
+    """
+    parts = {label: label.rpartition(" @") for label in order}
+    steps = {label: int(step) for label, (name, at, step) in parts.items() if at and step.isdecimal()}
+    if not steps:
+        return {}
+    names: list[str] = []
+    found: dict[str, tuple[int, float]] = {}
+    for label in order:
+        run = parts[label][0] if label in steps else label
+        names += [] if run in names else [run]
+        last = max((step for other, step in steps.items() if parts[other][0] == run), default=0)
+        width = 1.0 + 1.2 * steps[label] / last if label in steps and last else 1.0 if label in steps else 3.0
+        found[label] = (names.index(run), width)
+    return found
 
 
 def _natural(label: str) -> list[tuple[int, float, str]]:
@@ -306,7 +330,7 @@ def _lines(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) ->
         place, value, below, above = ([column[r] for r in rows] for column in (x, y, low, high))
         few = len(rows) <= 24
         (line,) = axes.plot(
-            place, value, color=_colour(index), linestyle=DASHES[index % len(DASHES)],
+            place, value, color=_colour(index), linestyle=DASHES[index % len(DASHES)], linewidth=one.width,
             marker=MARKERS[index % len(MARKERS)] if few else None, markersize=5,
         )
         handles.append(line)

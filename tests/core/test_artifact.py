@@ -29,6 +29,9 @@ def test_saved_and_loaded_are_equal(tmp_path):
     assert where.parent == tmp_path / "rank"
     assert artifact.load(where) == example()
     assert {p.name for p in where.iterdir()} == {"artifact.json", "curve.csv", "curve.svg", "dot.png"}
+    assert example().save(tmp_path, drawn=False) == where
+    assert artifact.load(where) == example(), "nothing is lost without the drawings"
+    assert {p.name for p in where.iterdir()} == {"artifact.json", "curve.csv", "dot.png"}
 
 
 def test_the_folder_depends_on_the_options_alone(tmp_path):

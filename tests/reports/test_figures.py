@@ -261,3 +261,16 @@ def test_drawing_leaves_matplotlib_as_it_was():
     before = dict(matplotlib.rcParams)
     drawn(rank("run"))
     assert dict(matplotlib.rcParams) == before
+
+
+def test_moments_of_a_run_share_its_style_and_widen_with_the_step():
+    order = ["a @0", "a @5", "a @10", "b @0", "b @10", "b"]
+    table = Table("t", "", {"run": order, "x": [1.0] * 6, "y": [1.0] * 6})
+    found = figures.split(Figure("f", "line", "", table="t", x="x", y="y", series="run"), table, order)
+    assert [s.style for s in found] == [0, 0, 0, 1, 1, 1]
+    widths = [s.width for s in found]
+    assert widths[0] == widths[3] < widths[1] < widths[2] == widths[4] < widths[5]
+    plain = figures.split(Figure("f", "line", "", table="t", x="x", y="y", series="run"), table, ["b", "a @x"])
+    assert {s.label: (s.style, s.width) for s in plain}["b"] == (0, None)
+    assert all(s.width is None for s in plain)
+    assert len(plain) == 6
