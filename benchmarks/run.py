@@ -20,6 +20,7 @@ if importlib.util.find_spec("torchvision") and not torch.cuda.is_available():
 
 BENCHMARKS = (
     "views", "step", "group_conv", "backbones", "saliency", "negatives", "equivariance", "lie", "geometry", "jacobians",
+    "objectives",
     "scheduled", "peers",
 )
 
