@@ -67,6 +67,8 @@ class TestTheFile:
         above = torch.empty(8192, 2, dtype=torch.float64).exponential_(generator=draw(1))
         found = unpack(pack(sums(above)))
         assert (len(found.numerators), found.word) == (BLOCKS, "blocks of images")
+        # Another artifact of the same images deals them to the same blocks.
+        assert torch.allclose(unpack(pack(sums(3 * above))).numerators, 3 * found.numerators, rtol=1e-6)
         assert torch.allclose(found.numerators.sum(0) / found.denominators.sum(0), above.mean(0), rtol=1e-6)
         wide, narrow = (
             high - low
