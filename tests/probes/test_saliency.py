@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,6 +20,8 @@ from geomssl.probes.attribution import METHODS
 from geomssl.probes.linear import fit
 from geomssl.probes.saliency import Length, Options, fullgrad, probe
 from geomssl.probes.subject import Subject
+from geomssl.reports.compare import plates, questions
+from geomssl.seeding import seeded
 
 
 def test_probe_explains_the_classifier_of_the_linear_probe(make_subject: Callable[..., Subject]) -> None:
@@ -191,3 +195,19 @@ def test_bad_options_are_one_line(make_subject: Callable[..., Subject]) -> None:
         Options(method="grad-cam")
     with pytest.raises(GeomsslError, match="did you mean 'body.5'"):
         probe(make_subject(n=8), Options(method="gradcam", layer="body.55", judged=0))
+
+
+def test_two_encoders_are_shown_on_the_same_images(make_subject: Callable[..., Subject]) -> None:
+    """Side by side in a report: with equal options the pictures hold the same images in the same places."""
+    with seeded(5, "test-encoder"):
+        other = type(make_subject().encoder)()
+    options = Options(show=10, judged=0, target="label", n=40)
+    first, second = (probe(subject, options) for subject in (make_subject(), make_subject(encoder=other)))
+    assert first.table("images").columns["index"] == second.table("images").columns["index"]
+    assert first.figures[0].caption == second.figures[0].caption
+    sheets = [np.array(Image.open(io.BytesIO(found.files["maps.png"])).convert("RGB")) for found in (first, second)]
+    assert (sheets[0][:64] == sheets[1][:64]).all()
+    assert (sheets[0][64:128] != sheets[1][64:128]).any()
+    _, (question,) = questions([first, dataclasses.replace(second, provenance={"run": "other"})])
+    plate = next(p for p in plates(question, ["small", "other"]) if p.name == "maps")
+    assert [panel.title for panel in plate.panels] == ["small", "other"]
