@@ -95,7 +95,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     return Artifact(
         probe="action",
         title=f"Fitted action of {transform.name}",
-        headline=_headline(rows, transform, options.layer, declared),
+        headline=_headline(rows, transform, options.layer, declared, law),
         definition=(
             "For each element g, the affine map M_g f(x) + b_g nearest to f(T_g x), fitted on a part of the images and judged "
             "on the rest: R² = 1 − Σ‖f(T_g x) − M_g f(x) − b_g‖² / Σ‖f(T_g x) − mean‖². Beside it: the R² of the identity with "
@@ -273,7 +273,9 @@ def _metrics(
     ]
 
 
-def _headline(rows: dict[str, list[Any]], transform: Transform, layer: str, declared: str) -> str:
+def _headline(
+    rows: dict[str, list[Any]], transform: Transform, layer: str, declared: str, law: Tensor | None
+) -> str:
     worst = min(range(len(rows["element"])), key=lambda i: rows["r2_held_out"][i])
     r2, low, identity, null = (rows[key][worst] for key in ("r2_held_out", "low", "r2_identity", "null_most"))
     features = {"fibres": "fibres", "h": "vectors h", "z": "projections z"}.get(layer, f"features of {layer}")
@@ -284,6 +286,8 @@ def _headline(rows: dict[str, list[Any]], transform: Transform, layer: str, decl
     said = "an affine action on the {} exists" if low > CLOSE else "an affine action explains the {} only in part"
     which = max(v for v in rows["agreement"] if v is not None)
     same = f"it is {'' if which < NEAR else 'not '}the declared {declared} one (relative distance {which:.2g})"
+    if law is not None and float(law[0].max()) > NEAR:
+        same += f"; its matrices are no representation (they miss the group law by {float(law[0].max()):.2g})"
     return f"{doing(transform)}: {said.format(features)}: held out, it explains {found}; {same}."
 
 

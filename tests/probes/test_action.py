@@ -37,6 +37,7 @@ def test_the_artifact_is_whole_and_survives_the_disk(tmp_path):
     assert found.metric("multiplicity_residual").value < 1e-2
     assert found.headline.startswith("Turning the image (c4): an affine action on the fibres exists")
     assert "it is the declared regular one" in found.headline
+    assert "no representation" not in found.headline
     assert len(found.table("law")) == 16
     assert found.table("law").columns["gh"][6] == "270°"
     assert found.table("irreps").columns["multiplicity"] == pytest.approx([6, 6, 6], abs=1e-2)
@@ -64,6 +65,10 @@ def test_an_ordinary_network_is_said_to_have_it_in_part_or_not():
     found = probe(subject("cnn"), Options(resamples=200))
     assert "only in part" in found.headline or "no affine action" in found.headline
     assert found.metric("r2_held_out").value < 0.95
+    law = found.metric("group_law").value
+    assert law > 0.1
+    if "only in part" in found.headline:
+        assert f"its matrices are no representation (they miss the group law by {law:.2g})" in found.headline
     assert found.provenance["action"] == "trivial"
     assert found.metric("agreement").value > 0.1
 
