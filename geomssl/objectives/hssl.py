@@ -229,7 +229,13 @@ class HSSL(Objective):
             )
         places = height * width if config.group == "translation" else orientations
         strange = {"rotation": factors is not None, "scale": of is not None, "translation": False}[config.group]
-        if (strange or places == 1) and config.positives != "inputs":
+        if strange and config.positives != "inputs":
+            carried = "scale" if of is None else "rotation" if isinstance(of, PointGroup) else of.name
+            raise GeomsslError(
+                f"hssl over {config.group} on an encoder whose fibres stand for {carried}",
+                f"objective.group = {carried}, or an encoder over {config.group}", reason="no-group",
+            )
+        if places == 1 and config.positives != "inputs":
             raise self._no_group(shape)
         largest = places - 1 if config.positives != "inputs" else places
         if config.fibres > largest:

@@ -14,7 +14,7 @@ from geomssl.losses import info_nce
 from geomssl.objectives.base import Batch, View
 from geomssl.objectives.fibres import draw_one, draw_pair, finite, line, patch, plane
 from geomssl.objectives.hssl import HSSL
-from geomssl.transforms import CyclicRotations, Dihedral, Translations, policy
+from geomssl.transforms import CyclicRotations, Dihedral, Scales, Translations, policy
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +38,10 @@ class Linear(Encoder):
 
     def pool(self, fibres):
         return fibres.mean(dim=(2, 3, 4))
+
+
+class Scaled(Linear):
+    scales = Scales((1.0, 1.25, 1.5, 2.0))
 
 
 def made(objective, n=5, size=4, draw=None):
@@ -296,7 +300,8 @@ def test_settings_that_do_not_go_together_are_one_line(settings, said):
         ({"distance": 0.5}, Linear(), "no pair of different places; expected at least 1"),
         ({"distance": 0.5, "metric": "group", "group": "translation"}, Linear(), "no pair"),
         ({"distance": 0.5, "metric": "group", "group": "scale"}, Linear(), "4 places without factors"),
-        ({"group": "scale"}, Linear(group=CyclicRotations(4)), "more than one fibre along the group"),
+        ({"group": "scale"}, Linear(group=CyclicRotations(4)), "stand for rotation; expected objective.group = rotation"),
+        ({"group": "rotation"}, Scaled(), "stand for scale; expected objective.group = scale"),
         ({}, Linear(g=1), "more than one fibre along the group"),
         ({}, Linear(dim=7), "fibres have 3 numbers and whose h has 7; expected one width"),
     ],
