@@ -55,7 +55,8 @@ def _absent(source: Source) -> list[str]:
     """A sentence on the classes that have no image in a split that has some."""
     if source.labels is None or not len(source):
         return []
-    gone = (source.labels.bincount(minlength=len(source.classes)) == 0).nonzero()[:, 0].tolist()
+    named = source.labels.bincount(minlength=len(source.classes))[: len(source.classes)]
+    gone = (named == 0).nonzero()[:, 0].tolist()
     if not gone:
         return []
     return [f"{len(gone)} of {len(source.classes)} classes have no image here; the first: {source.classes[gone[0]]}"]
