@@ -277,9 +277,10 @@ def _remarks(
 ) -> list[str]:
     said = []
     if setting.passes > 1:
+        plural = "es" if setting.per_pass > 1 else ""
         said.append(
-            f"{setting.per_pass} batches of {setting.batch} a pass: {setting.passes} passes over the same images, with fresh "
-            "views. The interval holds these images fixed."
+            f"{setting.per_pass} batch{plural} of {setting.batch} a pass: {setting.passes} passes over the same images, with "
+            "fresh views. The interval holds these images fixed."
         )
     if max(columns["slack"]) <= 1e-12 and setting.beta > 0:
         said.append("The slack is zero: all similarities are equal, as in a collapsed batch.")
