@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -23,8 +25,8 @@ KINDS = {
     "mse": ("painted", "from both views, as in training"),
     "mse_mean_image": ("mean image", "the mean of all views 2, the best constant"),
     "mse_view_1": ("view 1", "view 1 as it is"),
-    "mse_other_view_1": ("painted, other view 1", "keys and values of another image's view 1"),
-    "mse_other_view_2": ("painted, other view 2", "queries of another image's view 2"),
+    "mse_other_view_1": ("other view 1", "painted with the keys and values of another image's view 1"),
+    "mse_other_view_2": ("other view 2", "painted with the queries of another image's view 2"),
 }
 
 
@@ -140,11 +142,12 @@ def _metrics(errors: dict[str, Tensor], seed: int) -> list[Metric]:
     ]
     explained = _ratio(own, constant, seed)
     r2 = None if explained is None else (1 - explained[0], 1 - explained[2], 1 - explained[1])
-    found.append(_compared("r2", r2, n, "views 2 that are all alike", "share of the pixels' variance that is painted"))
+    found.append(_compared("r2", r2, n, "views 2 that are all alike", "share of the pixels' variance painted", "higher"))
     for which in ("1", "2"):
         rise = _ratio(errors[f"mse_other_view_{which}"], own, seed)
         about = f"error with another image's view {which} over the error with its own"
-        found.append(_compared(f"rise_other_view_{which}", rise, n, "a painting without error", about))
+        better: Literal["higher"] | None = "higher" if which == "1" else None
+        found.append(_compared(f"rise_other_view_{which}", rise, n, "a painting without error", about, better))
     return found
 
 
@@ -164,12 +167,14 @@ def _ratio(above: Tensor, below: Tensor, seed: int) -> tuple[float, float, float
     return float(above.sum() / below.sum()), float(low[0]) ** 2, float(high[0]) ** 2
 
 
-def _compared(name: str, found: tuple[float, float, float] | None, n: int, why: str, about: str) -> Metric:
+def _compared(
+    name: str, found: tuple[float, float, float] | None, n: int, why: str, about: str, better: Literal["higher"] | None
+) -> Metric:
     if found is None:
-        return Metric(name, None, n, reason=why, better="higher", about=about)
+        return Metric(name, None, n, reason=why, better=better, about=about)
     value, low, high = found
     bounds = Interval(low, high, f"{METHOD}, the other images held fixed, 95 %")
-    return Metric(name, value, n, bounds, better="higher", about=about)
+    return Metric(name, value, n, bounds, better=better, about=about)
 
 
 def _summary(metrics: list[Metric]) -> Table:
