@@ -29,7 +29,8 @@ class Expanded(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._kept: Kept | None = None
-        self._held: Tensor | None = None
+        # the filters of a Held, and the version of the weight that they belong to
+        self._held: tuple[Tensor, int] | None = None
 
     @abstractmethod
     def expand(self, weight: Tensor) -> Tensor:
@@ -47,8 +48,8 @@ class Expanded(nn.Module):
             torch.compiler.is_compiling() or not isinstance(weight, nn.Parameter) or weight.is_inference() or in_transform()
         ):
             return self.expand(weight)
-        if self._held is not None:
-            return self._held
+        if self._held is not None and self._held[1] == weight._version:
+            return self._held[0]
         if self.training and not learns:
             return self.expand(weight)
         if self._kept is None or not self._fresh(self._kept, weight, learns):
@@ -96,15 +97,15 @@ class Held:
             weight = module.weight
             # in the weight's own precision, in which the gradients of many passes are summed
             with torch.no_grad(), torch.autocast(weight.device.type, enabled=False):
-                module._held = module.expand(weight).requires_grad_(weight.requires_grad)
+                module._held = module.expand(weight).requires_grad_(weight.requires_grad), weight._version
 
     def release(self) -> None:
         """Add the gathered gradients to those of the weights, and hold nothing any more."""
         for module in self.modules:
-            filters, module._held = module._held, None
-            if filters is None or filters.grad is None:
+            held, module._held = module._held, None
+            if held is None or held[0].grad is None:
                 continue
-            found = module.collect(filters.grad)
+            found = module.collect(held[0].grad)
             module.weight.grad = found if module.weight.grad is None else module.weight.grad + found
 
 
