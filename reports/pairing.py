@@ -13,7 +13,6 @@ from statistics import NormalDist
 from typing import TYPE_CHECKING, Literal
 
 from geomssl.artifact import Artifact
-from geomssl.sums import FILE, unpack
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,6 +42,9 @@ class Together:
 
 def pair(now: Artifact, then: Artifact) -> Together | str:
     """The sums of both, or why there is nothing to pair."""
+    # Judging without a baseline needs no torch.
+    from geomssl.sums import FILE, unpack
+
     for artifact, whose in ((now, "this artifact"), (then, "the baseline")):
         if FILE not in artifact.files:
             return f"{whose} keeps no sums of single images"
