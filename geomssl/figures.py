@@ -132,11 +132,12 @@ def split(figure: Figure, table: Table, order: Sequence[str] = ()) -> list[Serie
         found.setdefault("none" if value is None else str(value), []).append(row)
     labels = sorted(found, key=_natural) if figure.kind == "scatter" else list(found)
     places = _moments(order) or {label: (place, None) for place, label in enumerate(order)}
-    others = iter(range(len(places), len(places) + len(labels)))
-    return [Series(label, found[label], *(places[label] if label in places else (next(others), None))) for label in labels]
+    for label in labels:
+        places.setdefault(label, (len(places), None))
+    return [Series(label, found[label], *places[label]) for label in labels]
 
 
-def _moments(order: Sequence[str]) -> dict[str, tuple[int, float]]:
+def _moments(order: Sequence[str]) -> dict[str, tuple[int, float | None]]:
     """Style and width of each label where some are moments of a run, "NAME @STEP": a style a run, and the later the wider.
 
     Empty where none is.
@@ -146,7 +147,7 @@ def _moments(order: Sequence[str]) -> dict[str, tuple[int, float]]:
     if not steps:
         return {}
     names: list[str] = []
-    found: dict[str, tuple[int, float]] = {}
+    found: dict[str, tuple[int, float | None]] = {}
     for label in order:
         run = parts[label][0] if label in steps else label
         names += [] if run in names else [run]

@@ -100,8 +100,8 @@ def tabulate(plan: Plan, outcomes: Outcomes, name: str, provenance: Mapping[str,
             f"{table}_bars", "bar", f"{metric} by cell", f"Bars: {level} interval of Student's t over seeds.", table, "cell",
             "mean", low="low", high="high", x_label="cell", y_label=f"{metric} ({unit})" if unit else metric,
         ))
-    for table, figure in _courses(plan, outcomes, cells):
-        tables.append(table)
+    for course, figure in _courses(plan, outcomes, cells):
+        tables.append(course)
         figures.append(figure)
     pairs = _pairs(plan, outcomes, cells, metrics)
     if pairs:
