@@ -321,7 +321,7 @@ class Weighed(nn.Module):
 
     def forward(self, x):
         x = self.down(x)
-        weights = torch.sigmoid(self.weigh(x.mean((2, 3), keepdim=True) + nn.functional.adaptive_avg_pool2d(x, 1)))
+        weights = torch.sigmoid(self.weigh(nn.functional.adaptive_avg_pool2d(x, 1)))
         return self.after(weights * x if self.first else x * weights)
 
 
