@@ -131,7 +131,7 @@ def split(figure: Figure, table: Table, order: Sequence[str] = ()) -> list[Serie
     for row, value in enumerate(_column(table, figure.series)):
         found.setdefault("none" if value is None else str(value), []).append(row)
     labels = sorted(found, key=_natural) if figure.kind == "scatter" else list(found)
-    places = _moments(order) or {label: (place, None) for place, label in enumerate(order)}
+    places: dict[str, tuple[int, float | None]] = _moments(order) or {label: (place, None) for place, label in enumerate(order)}
     for label in labels:
         places.setdefault(label, (len(places), None))
     return [Series(label, found[label], *places[label]) for label in labels]
