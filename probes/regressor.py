@@ -20,6 +20,8 @@ DECAYS = (0.1, 3.0, 30.0)
 BATCH, RATE = 128, 3e-3
 # Wider features of one view are projected onto this many random directions: else the first layer would be most of the work.
 WIDEST = 1024
+# standard deviations; a Gaussian feature never gets there
+FAR = 10.0
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,9 @@ def fit(
     Adam with decoupled weight decay, batches of at most 128 pairs, a rate that falls to 0 by a cosine, `steps` steps; the last
     one counts. One network for each decay, trained side by side on the same batches; the one with the least loss on the pairs
     held out is used (ties to the strongest). Training in float32 on the CPU, standardisation and losses in float64.
-    Features and targets that do not vary in the training pairs weigh nothing. Deterministic by seed.
+    Features and targets that do not vary in the training pairs weigh nothing. A feature more than 10 standard deviations from its
+    mean counts as 10: else a pixel that is dark in nearly every training image sends the perceptron far from all it learnt on.
+    Deterministic by seed.
     Raises GeomsslError for values that are not finite and for fewer than two pairs in a part.
     """
     if min(len(train), len(held), len(test)) < 2:
@@ -54,7 +58,7 @@ def fit(
     exact = [checks.matrix(values, "features") for values in (train, held, test)]
     wanted, aside = (checks.matrix(values, "targets") for values in (targets, held_targets))
     mean, scale = standard(exact[0])
-    rows, others, asked = (((values - mean) * scale).float() for values in exact)
+    rows, others, asked = (((values - mean) * scale).clamp(-FAR, FAR).float() for values in exact)
     centre, shrink = standard(wanted)
     layers = _initial(len(decays), (rows.shape[1], hidden, hidden, wanted.shape[1]), seed)
     _train(layers, rows, ((wanted - centre) * shrink).float(), seed, steps, decays)

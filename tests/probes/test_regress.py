@@ -79,6 +79,15 @@ def test_test_rows_do_not_reach_the_fit() -> None:
     assert torch.allclose(fit(*known, other, steps=20).predicted[:50], whole[:50], atol=1e-6)
 
 
+def test_a_feature_that_is_dark_in_training_does_not_spoil_the_rest() -> None:
+    """One training image in 600 has a trace of it, every tenth test image has it whole: a thousand standard deviations."""
+    x = torch.randn(1000, 3, generator=torch.Generator().manual_seed(5))
+    dark = torch.zeros(1000, 5)
+    dark[0], dark[750::10] = 0.02, 1.0
+    *given, wanted = parts(torch.cat([x, dark], dim=1), (x[:, :1] - x[:, 1:2]).double())
+    assert explained(fit(*given).predicted, wanted) > 0.9
+
+
 def test_r2_is_scikit_learns() -> None:
     from sklearn.metrics import r2_score
 
