@@ -45,8 +45,8 @@ def fit(
     Adam with decoupled weight decay, batches of at most 128 pairs, a rate that falls to 0 by a cosine, `steps` steps; the last
     one counts. One network for each decay, trained side by side on the same batches; the one with the least loss on the pairs
     held out is used (ties to the strongest). Training in float32 on the CPU, standardisation and losses in float64.
-    Features and targets that do not vary in the training pairs weigh nothing. A feature more than 10 standard deviations from its
-    mean counts as 10: else a pixel that is dark in nearly every training image sends the perceptron far from all it learnt on.
+    Features and targets that do not vary in the training pairs weigh nothing. What lies more than 10 standard deviations from
+    its mean counts as 10: else a pixel that is dark in nearly all training images sends the perceptron far from all it knows.
     Deterministic by seed.
     Raises GeomsslError for values that are not finite and for fewer than two pairs in a part.
     """

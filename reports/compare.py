@@ -13,8 +13,8 @@ from geomssl.reports.numbers import number
 
 # The order in which a reader asks; other probes follow in order of appearance.
 ORDER = (
-    "timeline", "sweep", "equivariance", "action", "lie", "consistency", "explain", "equivalence", "linear", "regress", "transfer",
-    "segment", "reconstructions", "rank", "spectrum", "bound", "tangent", "local", "kernel", "embed", "saliency",
+    "timeline", "sweep", "equivariance", "action", "lie", "consistency", "explain", "equivalence", "linear", "regress",
+    "transfer", "segment", "reconstructions", "rank", "spectrum", "bound", "tangent", "local", "kernel", "embed", "saliency",
 )
 KEY_METRICS = 3
 PANELS = 4
