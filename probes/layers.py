@@ -13,7 +13,7 @@ from geomssl.encoders.base import Encoder
 from geomssl.encoders.capture import Capture, matching
 from geomssl.encoders.forms import Form, form
 from geomssl.encoders.geometry import CHANNELS_LAST, LAST, Follower, Geometry, follow
-from geomssl.encoders.wrap import Wrapped
+from geomssl.encoders.wrap import Wrapped, misfit
 from geomssl.errors import GeomsslError, nearest
 from geomssl.transforms.actions import Action, ActionFunction, action
 from geomssl.transforms.base import Size, Transform
@@ -87,7 +87,7 @@ def read(encoder: nn.Module, wanted: Sequence[str], image: Tensor) -> tuple[Read
     try:
         outputs, follower = follow(run, image)
     except RuntimeError as error:
-        _admit(root, image, error)
+        misfit(root, image, error)
         raise
     named = {name for name in wanted if name in BUILTIN} | {p for p in patterns if p in modules}
     size: Size = (image.shape[2], image.shape[3])
@@ -125,17 +125,6 @@ def read(encoder: nn.Module, wanted: Sequence[str], image: Tensor) -> tuple[Read
         return [layer.of(given[layer.source]) for layer in layers]
 
     return Reader(features, layers), remarks
-
-
-def _admit(root: nn.Module, image: Tensor, error: RuntimeError) -> None:
-    """Turn the fault of a pass into one line where the first convolution takes images of other channels."""
-    first = next((m for m in root.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != image.shape[1]:
-        raise GeomsslError(
-            f"images of {image.shape[1]} channels for {type(root).__name__}",
-            f"{first.in_channels}, as its first convolution takes: another data set (--dataset NAME), or another model",
-            reason="bad-images",
-        ) from error
 
 
 def _equal(h: Tensor, fibres: Any) -> bool:

@@ -34,6 +34,17 @@ def wrap(module: nn.Module, layer: str | None = None, in_channels: int = 3) -> E
     return Wrapped(module, layer, in_channels)
 
 
+def misfit(module: nn.Module, images: Tensor, error: RuntimeError) -> None:
+    """Turn the fault of a pass into one line where the module's first convolution takes images of other channels."""
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is not None and first.in_channels != images.shape[1]:
+        raise GeomsslError(
+            f"images of {images.shape[1]} channels for {type(module).__name__}",
+            f"{first.in_channels}, as its first convolution takes: another data set (--dataset NAME), or another model",
+            reason="bad-images",
+        ) from error
+
+
 class Wrapped(Encoder):
     """A module seen as an Encoder: G = 1, group None. `dim` and `default_action` are known after the first pass."""
 
@@ -74,7 +85,11 @@ class Wrapped(Encoder):
 
     def output(self, images: Tensor) -> Any:
         """What the module, or its layer, gives as it stands."""
-        return self.module(images) if self._capture is None else self._capture.one(images)
+        try:
+            return self.module(images) if self._capture is None else self._capture.one(images)
+        except RuntimeError as error:
+            misfit(self.module, images, error)
+            raise
 
     def _form(self, output: Any, images: Tensor) -> Form:
         """Found once for each size of images and shape of output; a patch grid is looked for by following one pass."""

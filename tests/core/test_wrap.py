@@ -129,3 +129,10 @@ def test_a_dictionary_is_refused_by_its_type():
 
     with pytest.raises(GeomsslError, match="a dict"):
         encoders.wrap(Dict())(X)
+
+
+def test_images_of_other_channels_are_one_line_and_other_faults_stay_faults():
+    with pytest.raises(GeomsslError, match="images of 1 channels for Sequential; expected 3, as its first convolution takes"):
+        encoders.wrap(nn.Sequential(nn.Conv2d(3, 4, 3)), in_channels=1)(torch.rand(2, 1, 8, 8))
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        encoders.wrap(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(5, 2)), in_channels=1)(torch.rand(2, 1, 8, 8))
