@@ -103,8 +103,8 @@ class PointGroup(Geometric, Group):
         if fibres.dim() != 5 or fibres.shape[2] != self.order:
             raise GeomsslError(
                 f"features {tuple(fibres.shape)} under the regular action of {self.name}",
-                f"(n, C, {self.order}, H, W), an axis of {self.order} that the group permutes; where features have none: the spatial "
-                "or the trivial action", reason="bad-features",
+                f"(n, C, {self.order}, H, W), an axis of {self.order} that the group permutes; where features have none: "
+                "the spatial or the trivial action", reason="bad-features",
             )
         flat = fibres.flatten(1, 2)
         index = self._indices(self.admit(flat, params))

@@ -51,7 +51,7 @@ def test_a_layer_used_twice_is_read_at_its_last_call_and_no_hook_stays():
 def test_no_hook_stays_after_an_error():
     net = Net()
     encoder = encoders.wrap(net, layer="shared", in_channels=2)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(GeomsslError):
         encoder.fibres(X[:, :2])
     assert not net.shared._forward_hooks
 
