@@ -215,7 +215,9 @@ def test_a_checkpoint_never_imports_user_code(tmp_path):
 def spawn(folder, *more):
     flags = ["train", "--objective", "supervised", "--epochs", "500", "--batch-size", "512", "--out", "run.pt", *more]
     return subprocess.Popen(
-        [sys.executable, "-m", "geomssl", *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "geomssl", *flags], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a shell that runs the tests in its background passes on that Ctrl-C is to be ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
