@@ -25,6 +25,9 @@ from geomssl.registry import BUILTIN, load_attribute, resolve
 from geomssl.seeding import seeded
 from geomssl.training import build_encoder, initialise
 
+# data sets whose pictures are formulas: they have whatever size and channels they are asked for
+RENDERED = ("fields", "phantoms")
+
 
 def from_checkpoint(
     path: Path | str,
@@ -137,10 +140,8 @@ def from_factory(
     """The subject of `package.module:factory` or `FILE.py:factory`, which returns a module or (encoder, projector).
 
     weights, prefix: a file for the module and how to read its names, see encoders.foreign.load. projector: the name of a
-    layer; h is then what enters that layer.
+    layer; h is then what enters that layer. Rendered pictures without a number of channels get the module's.
     """
-    section = data.configure(dataset)
-    source, train = data.load_config(section, split), data.load_config(section, "train")
     made = load_attribute(name, "model")
     if callable(made) and not isinstance(made, nn.Module):
         with seeded(0, "initialise"):
@@ -148,6 +149,8 @@ def from_factory(
     module, head = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
     if not isinstance(module, nn.Module):
         raise GeomsslError(f"--model {name} gave a {type(made).__name__}", "a torch.nn.Module or (encoder, projector)")
+    section = data.configure(_for_module(dataset, module))
+    source, train = data.load_config(section, split), data.load_config(section, "train")
     untrained = copy.deepcopy(module) if weights else None
     loaded = _weights(module, weights, prefix)
     if projector:
@@ -157,6 +160,14 @@ def from_factory(
         untrained=(lambda: wrap(untrained, in_channels=source.channels)) if untrained is not None else None, **how,
         provenance={"run": name.rpartition(":")[2], "model": name, **loaded, **_about(source, how)},
     )
+
+
+def _for_module(dataset: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
+    """The section with the channels of the module's first convolution, where it names rendered pictures and no channels."""
+    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
+    if first is None or dataset.get("name") not in RENDERED or "channels" in dataset:
+        return dataset
+    return {**dataset, "channels": first.in_channels} if first.in_channels in (1, 2, 3) else dataset
 
 
 class Before(nn.Module):

@@ -32,7 +32,7 @@ def model_options() -> list[click.Option]:
                "names in --weights, such as backbone"),
         option("--projector", metavar="LAYER", help="the layer of --model that is its projector; h is what enters it"),
         option("--dataset", metavar="NAME", help="NAME or NAME:PATH, see geomssl datasets  [default: the run's own, else "
-               "digits]"),
+               "digits; of --model with rendered --images: these, 32x32, with the model's channels]"),
         option("--set", "assigned", multiple=True, metavar="KEY=VALUE", help="a key of the data set, such as dataset.size=32, "
                "or of --encoder, such as encoder.stem=imagenet"),
         option("--split", type=click.Choice(["train", "val", "test"]), default="test", show_default=True, help="measured"),
@@ -71,7 +71,10 @@ def subject_of(values: dict[str, Any]) -> tuple[Any, Path]:
         subject = load.from_checkpoint(values["checkpoint"], section, values["split"], repeated, **how)
         folder = checkpoint.folder(checkpoint.located(values["checkpoint"]))
     else:
-        section, folder = merge(data.section("digits"), section), Path("geomssl-artifacts")
+        # rendered pictures of a model of one's own need no data set: theirs are 32x32, with the model's channels
+        alone = values["model"] and not encoder and values.get("images") in load.RENDERED
+        section = merge(data.section(values["images"] if alone else "digits"), section)
+        folder = Path("geomssl-artifacts")
         how |= {"weights": values["weights"], "prefix": values["prefix"]}
         if encoder:
             subject = load.from_encoder(encoder, assigned.get("encoder", {}), section, values["split"], **how)

@@ -195,6 +195,36 @@ def test_a_users_own_module(tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "c").exists()
 
 
+STRICT = """
+from torch import nn
+
+class Strict(nn.Module):
+    def __init__(self, side):
+        super().__init__()
+        self.side, self.first = side, nn.Conv2d(3, 4, 3)
+
+    def forward(self, x):
+        assert x.shape[1:] == (3, self.side, self.side), x.shape
+        return self.first(x)
+
+def small():
+    return Strict(17)
+
+def usual():
+    return Strict(32)
+"""
+
+
+def test_rendered_pictures_of_a_model_of_ones_own_need_no_data_set(tmp_path, monkeypatch, capsys):
+    """They are 32x32 with the channels of the first convolution; a named data set keeps its own size and channels."""
+    (tmp_path / "own_rgb.py").write_text(STRICT)
+    monkeypatch.chdir(tmp_path)
+    flags = ["--transform", "c4", "--n", "8", "--quiet", "--out", "a"]
+    usual, small = (["equivariance", "--model", f"own_rgb.py:{name}", *flags] for name in ("usual", "small"))
+    assert main([*usual, "--images", "fields"]) == 0, capsys.readouterr().err
+    assert main([*small, "--dataset", "phantoms", "--set", "dataset.size=17"]) == 0, capsys.readouterr().err
+
+
 def test_a_fault_leaves_a_log_and_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("geomssl.recipe.build", lambda *_: 1 / 0)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
