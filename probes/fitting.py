@@ -25,6 +25,11 @@ def standard(values: Tensor) -> tuple[Tensor, Tensor]:
     return mean, torch.where(std > 1e-6 * mean.abs(), 1 / std.clamp(min=1e-300), 0.0)
 
 
+def undone(scale: Tensor) -> Tensor:
+    """The standard deviation that `standard` divided by; 0 where it found none."""
+    return torch.where(scale > 0, 1 / scale.clamp(min=1e-300), 0.0)
+
+
 def stratified(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Indices kept and held out: round(share n_c) of every class, and always one of each kept."""
     kept, aside = [], []

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geomssl.errors import GeomsslError
 from geomssl.probes import checks
-from geomssl.probes.fitting import standard
+from geomssl.probes.fitting import standard, undone
 from geomssl.progress import track
 from geomssl.seeding import generator
 
@@ -66,7 +66,7 @@ def fit(
         errors = (_apply(layers, others).double() - (aside - centre) * shrink).square().mean(dim=(1, 2)).tolist()
         best = max(range(len(decays)), key=lambda k: (-errors[k], decays[k]))
         found = _apply(layers, asked)[best].double()
-    spread = torch.where(shrink > 0, 1 / shrink.clamp(min=1e-300), 0.0)
+    spread = undone(shrink)
     return Fitted(found * spread + centre, decays[best], tuple(errors))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geomssl.errors import GeomsslError
 from geomssl.probes import checks
-from geomssl.probes.fitting import DECAY, STRENGTHS, Solver, descend, standard
+from geomssl.probes.fitting import DECAY, STRENGTHS, Solver, descend, standard, undone
 from geomssl.probes.fitting import held_out as drawn_units
 
 
@@ -73,7 +73,7 @@ def _solved(exact: Tensor, wanted: Tensor, strengths: Sequence[float]) -> list[R
     n, d = x.shape
     wide = d > n
     gram = (x @ x.T if wide else x.T @ x) / n
-    spread = torch.where(shrink > 0, 1 / shrink.clamp(min=1e-300), 0.0)
+    spread = undone(shrink)
     found = []
     for strength in strengths:
         factor = torch.linalg.cholesky(gram + strength * torch.eye(len(gram), dtype=gram.dtype))
@@ -92,6 +92,6 @@ def _scheduled(exact: Tensor, wanted: Tensor, seed: int) -> Ridge:
     weight, bias = descend(
         (exact - mean) * scale, y.shape[1], lambda said, chosen: (said - y[chosen]).square().sum(dim=1).mean() / 2, seed
     )
-    spread = torch.where(shrink > 0, 1 / shrink.clamp(min=1e-300), 0.0)
+    spread = undone(shrink)
     weight = spread[:, None] * weight * scale
     return Ridge(weight, spread * bias + centre - weight @ mean, DECAY * varying)

@@ -33,6 +33,13 @@ class Drawn(Photographs):
     seed: int = Field(0, ge=0, description="seed of that share")
 
 
+def _listing(named: list[tuple[Path, str]], classes: list[str]) -> Listing:
+    """Images by (file, class) of these classes."""
+    found = Listing(classes=classes)
+    labelled(found, named, classes)
+    return found
+
+
 def _whole(name: str, split: Split, found: Listing, base: Path, config: Drawn) -> Source:
     """The source of a published train or test, val taken out of train."""
     return read(name, split, found if split == "test" else part_of(found, split, config.val, config.seed), base, config)
@@ -53,8 +60,7 @@ class Food101(Layout):
         classes = sorted(lines(base / "meta" / "classes.txt", "the list of its 101 classes"))
         table = base / "meta" / ("test.txt" if split == "test" else "train.txt")
         named = [(base / "images" / f"{row}.jpg", row.partition("/")[0]) for row in lines(table, "the images of the split")]
-        found = Listing(classes=classes)
-        labelled(found, named, classes)
+        found = _listing(named, classes)
         return _whole("food101", split, found, base, config)
 
 
@@ -81,8 +87,7 @@ class SUN397(Layout):
         folder = next((place for place in places if (place / table).is_file()), places[0])
         listed = [line.strip() for line in lines(folder / table, f"a partition of {SUN397.url}, an archive of its own")]
         named = [(base / row.lstrip("/"), _scene(row.rpartition("/")[0])) for row in listed]
-        found = Listing(classes=classes)
-        labelled(found, named, classes)
+        found = _listing(named, classes)
         return _whole("sun397", split, found, base, config)
 
 
@@ -114,8 +119,7 @@ class DTD(Layout):
         listed = [line.strip() for line in lines(table, "the images of the split")]
         classes = sorted({row.partition("/")[0] for row in listed})
         named = [(base / "images" / row, row.partition("/")[0]) for row in listed]
-        found = Listing(classes=classes)
-        labelled(found, named, classes)
+        found = _listing(named, classes)
         return read("dtd", split, found, base, config)
 
 
@@ -177,6 +181,5 @@ class Aircraft(Layout):
         table = base / f"images_{config.labels}_{split}.txt"
         listed = [line.strip().partition(" ") for line in lines(table, "the images of the split")]
         named = [(base / "images" / f"{image}.jpg", kind) for image, _, kind in listed]
-        found = Listing(classes=classes)
-        labelled(found, named, classes)
+        found = _listing(named, classes)
         return read("aircraft", split, found, base, config)
