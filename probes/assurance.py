@@ -8,12 +8,17 @@ from torch import Tensor
 from geomssl.bootstrap import interval, resampled_sums
 from geomssl.errors import GeomsslError
 
-__all__ = ["COLUMNS", "METHOD", "bootstrap_mean", "bootstrap_ratio", "interval", "resampled_sums"]
+__all__ = ["COLUMNS", "METHOD", "bootstrap_mean", "bootstrap_ratio", "interval", "resampled_sums", "summed"]
 
 # What bootstrap_ratio does, for the intervals that carry its name.
 METHOD = "bootstrap over images (the wider of percentile and studentised)"
 # The figures whose resamples are held at once.
 COLUMNS = 64
+
+
+def summed(values: Tensor, unit: Tensor) -> Tensor:
+    """Sums of the rows of values (n, k) within each unit, float64 (units, k); unit int64 (n,), numbered from 0."""
+    return torch.zeros(int(unit.max()) + 1, values.shape[1], dtype=torch.float64).index_add(0, unit, values.double())
 
 
 def bootstrap_ratio(

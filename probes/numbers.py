@@ -12,7 +12,7 @@ from torch import Tensor
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.probes import ridge
-from geomssl.probes.assurance import METHOD, bootstrap_ratio, interval, resampled_sums
+from geomssl.probes.assurance import METHOD, bootstrap_ratio, interval, resampled_sums, summed
 from geomssl.probes.changes import encode, r2
 from geomssl.probes.fitting import Solver
 from geomssl.probes.question import Question
@@ -98,7 +98,7 @@ def _by_unit(values: Tensor, question: Question) -> Tensor:
     if question.unit is None:
         return values
     _, of = question.unit.unique(return_inverse=True)
-    return torch.zeros(int(of.max()) + 1, values.shape[1], dtype=torch.float64).index_add(0, of, values)
+    return summed(values, of)
 
 
 def _r2_interval(reading: Reading, question: Question, seed: int) -> Interval | None:

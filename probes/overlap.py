@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from geomssl.errors import GeomsslError
-from geomssl.probes.assurance import interval, resampled_sums
+from geomssl.probes.assurance import interval, resampled_sums, summed
 
 NAMES = ("miou", "mean_accuracy", "overall_accuracy")
 RESAMPLES = 2000
@@ -73,8 +73,7 @@ def scored(found: Tensor, unit: Tensor, seed: int) -> Scored:
     unit: int64 (n,), what is drawn; an image each, or objects of several images. The same seed draws the same units, so that
     two encoders can be compared draw by draw. NaN bounds where there are fewer than two units.
     """
-    room = torch.zeros(int(unit.max()) + 1, found[0].numel(), dtype=torch.float64)
-    units = room.index_add(0, unit, found.flatten(1).double())
+    units = summed(found.flatten(1), unit)
     sums = units.sum(dim=0).view(found.shape[1:])
     values = scores(sums)
     nothing = torch.full_like(values, torch.nan)

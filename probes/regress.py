@@ -13,7 +13,7 @@ from torch import Tensor
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.errors import GeomsslError
 from geomssl.probes import subject as subjects
-from geomssl.probes.assurance import METHOD, bootstrap_ratio, interval, resampled_sums
+from geomssl.probes.assurance import METHOD, bootstrap_ratio, interval, resampled_sums, summed
 from geomssl.probes.changes import Pairs, Target, factor_pairs, moved_pairs, r2, usable
 from geomssl.probes.classifier import wilson
 from geomssl.probes.fitting import held_out
@@ -202,8 +202,7 @@ class Score:
 def _sums(reading: Reading, targets: list[Target], unit: Tensor) -> tuple[Tensor, Tensor]:
     """Errors and deviations of every target, summed within each unit: (U, T) each."""
     parts = [r2(reading.predicted[:, t.columns], reading.wanted[:, t.columns]) for t in targets]
-    room = torch.zeros(int(unit.max()) + 1, len(targets), dtype=torch.float64)
-    errors, deviations = (room.index_add(0, unit, torch.stack([p[i] for p in parts], dim=1)) for i in (0, 1))
+    errors, deviations = (summed(torch.stack([p[i] for p in parts], dim=1), unit) for i in (0, 1))
     return errors, deviations
 
 
