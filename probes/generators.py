@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -176,19 +177,42 @@ def forward_mode() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-class _Kernels(TorchFunctionMode):
-    """Convolutions of a dual tensor with a plain kernel: one for values, one for tangents, where torch runs three."""
+class _Linear(TorchFunctionMode):
+    """Linear layers of a dual tensor with plain weights: one pass for values and one for tangents, where torch runs more.
+
+    Of a convolution torch runs three, and of a BatchNorm in eval some twelve: its tangent is gamma / sqrt(var + eps) times
+    the input's.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is not torch.conv2d or len(args) < 2 or "bias" in kwargs or any(_slope(a) is not None for a in args[1:3]):
-            return func(*args, **kwargs)
-        slope = _slope(args[0])
-        if slope is None:
-            return func(*args, **kwargs)
-        plain = forward_ad.unpack_dual(args[0]).primal
-        bare = (slope, args[1], None, *args[3:])
-        return forward_ad.make_dual(func(plain, *args[1:], **kwargs), func(*bare, **kwargs))
+        slope = _slope(args[0]) if args else None
+        if slope is not None and not any(_slope(a) is not None for a in (*args[1:], *kwargs.values())):
+            plain = forward_ad.unpack_dual(args[0]).primal
+            if func is torch.conv2d and len(args) > 1 and "bias" not in kwargs:
+                return forward_ad.make_dual(func(plain, *args[1:], **kwargs), func(slope, args[1], None, *args[3:], **kwargs))
+            if func is functional.batch_norm:
+                gain = _gain(*args[1:], **kwargs)
+                if gain is not None:
+                    gain = gain.to(slope.dtype).view(-1, *(1,) * (slope.dim() - 2))
+                    return forward_ad.make_dual(func(plain, *args[1:], **kwargs), slope * gain)
+        return func(*args, **kwargs)
+
+
+def _gain(
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """The slope of functional.batch_norm with those arguments, a channel; None where it takes its statistics from the batch."""
+    if training or running_var is None:
+        return None
+    scale = torch.rsqrt(running_var + eps)
+    return scale if weight is None else weight * scale
 
 
 def _slope(value: Any) -> Tensor | None:
@@ -198,7 +222,7 @@ def _slope(value: Any) -> Tensor | None:
 
 def push(run: Callable[[Tensor], Sequence[Tensor]], images: Tensor, tangents: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The tensors of run(x) and J run(x) tangents, in one forward pass."""
-    with forward_mode(), forward_ad.dual_level(), _Kernels():
+    with forward_mode(), forward_ad.dual_level(), _Linear():
         # A model may overwrite its input.
         pairs = [forward_ad.unpack_dual(out) for out in run(forward_ad.make_dual(images.clone(), tangents.clone()))]
     return [p.primal for p in pairs], [torch.zeros_like(p.primal) if p.tangent is None else p.tangent for p in pairs]

@@ -316,7 +316,7 @@ def test_a_set_larger_than_memory_is_mapped(tmp_path):
 
 def test_prefetched_images_are_those_that_were_asked_for(tree, monkeypatch):
     resident, source = load(tree), on_disk(tree).to("cpu")
-    batches = [torch.tensor(rows) for rows in ([3, 1, 2], [4, 4], [7], [])]
+    batches = [torch.tensor(rows, dtype=torch.int64) for rows in ([3, 1, 2], [4, 4], [7], [])]
     real, gathered = Files._gather, []
 
     def gather(self, indices):
@@ -327,6 +327,7 @@ def test_prefetched_images_are_those_that_were_asked_for(tree, monkeypatch):
     for batch, following in pairwise(batches):
         source.prefetch(following)
         assert torch.equal(source.images(batch), resident.images(batch))
+    assert source.images(batches[-1]).shape == resident.images(batches[-1]).shape  # which waits for the thread
     assert sorted(gathered) == [([], False), ([3, 1, 2], True), ([4, 4], False), ([7], False)]
     for batch in batches:
         source.prefetch(batch)
