@@ -1,7 +1,8 @@
 """`ade20k`: 20,210 + 2,000 photographs of scenes, every pixel named as one of 150 things; the released validation is test here.
 
 Layout: ADEChallengeData2016/{images,annotations}/{training,validation}/ADE_{train,val}_<8 digits>.{jpg,png} and
-sceneCategories.txt; objectInfo150.txt names the things. Zhou et al., Scene parsing through ADE20K dataset, CVPR 2017.
+sceneCategories.txt; objectInfo150.txt names the things. Annotations hold 0 to 150, 0 being "other objects", which count nowhere
+(README.md of github.com/CSAILVision/sceneparsing). Zhou et al., Scene parsing through ADE20K dataset, CVPR 2017.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """`core50`: 50 objects of 10 classes, held in the hand, filmed in 11 sessions; the session is a factor.
 
-Layout: core50_128x128/s<1-11>/o<1-50>/C_<session>_<object>_<frame>.png. Lomonaco and Maltoni, CORe50, CoRL 2017.
+Layout: core50_128x128/s<1-11>/o<1-50>/C_<session>_<object>_<frame>.png; five objects a class, in the order of
+extras/core50_labels.txt of github.com/vlomonaco/core50. Lomonaco and Maltoni, CORe50, CoRL 2017.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Layout: spherical_photoreal_64x64_DoF/{train,test}/, whose sorted file names run over object, distance (0.3 to 0.6 by 0.1),
 elevation (10 to 70 degrees by 10) and azimuth (0 to 350 degrees by 10), the last one fastest. Schneider, Xu, Ernst, Yu and
-Triesch, Contrastive learning through time, SVRHM 2021; the order is that of its published loader.
+Triesch, Contrastive learning through time, SVRHM 2021; the order is that of its published loader (github.com/trieschlab/CLTT,
+utils/datasets.py, TDWDataset).
 """
 
 from __future__ import annotations
