@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from geomssl.probes import checks
 
@@ -31,11 +35,45 @@ def is_affine(projector: nn.Module, h: Tensor) -> bool:
 
 def jacobians(projector: nn.Module, h: Tensor) -> Tensor:
     """dg/dh at every row of h (n, d): (n, p, d), rows independent."""
-    # one pull-back of all rows at once, mapped over the outputs: half the time of mapping jacrev over rows, and PReLU takes it
-    # a copy, since a layer may work in place
-    out, pull = torch.func.vjp(lambda rows: projector(rows.clone()), h)[:2]
-    unit = torch.eye(out.shape[1], dtype=out.dtype, device=out.device)
-    return torch.func.vmap(lambda row: pull(row.expand_as(out))[0], out_dims=1)(unit).detach()
+    # One pull-back of all rows at once, mapped over the outputs: half the time of mapping jacrev over rows, and PReLU takes it.
+    # What enters it are the rows of a last linear layer, where there is one, and unit vectors elsewhere.
+    last = projector[-1] if type(projector) is nn.Sequential and len(projector) and type(projector[-1]) is nn.Linear else None
+    body = projector if last is None else projector[:-1]
+    with _FoldedNorm():
+        # a copy, since a layer may work in place
+        out, pull = torch.func.vjp(lambda rows: body(rows.clone()), h)[:2]
+        start = torch.eye(out.shape[1], dtype=out.dtype, device=out.device) if last is None else last.weight
+        return torch.func.vmap(lambda row: pull(row.expand_as(out))[0], out_dims=1)(start).detach()
+
+
+def norm_gain(
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    """gamma / sqrt(var + eps), the slope of functional.batch_norm with those arguments; None where the batch has a say."""
+    if training or running_var is None:
+        return None
+    scale = torch.rsqrt(running_var + eps)
+    return scale if weight is None else weight * scale
+
+
+class _FoldedNorm(TorchFunctionMode):
+    """BatchNorm in eval mode as a product and sums, so that a pull-back through it is one product and no sum over rows."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        gain = norm_gain(*args[1:], **kwargs) if func is functional.batch_norm and args else None
+        if gain is None:
+            return func(*args, **kwargs)
+        given = dict(zip(("running_mean", "running_var", "weight", "bias"), args[1:], strict=False)) | kwargs
+        shape = (-1, *(1,) * (args[0].dim() - 2))
+        out = (args[0] - given["running_mean"].view(shape)) * gain.view(shape)
+        return out if given.get("bias") is None else out + given["bias"].view(shape)
 
 
 @torch.no_grad()

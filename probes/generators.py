@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from geomssl.data.rendered import Rendered
 from geomssl.encoders.geometry import Geometry
 from geomssl.errors import GeomsslError, unknown
+from geomssl.probes.affine import norm_gain
 from geomssl.transforms import Brightness, Contrast, Hue, Rotate, Saturation, Shear, Translate, Zoom
 from geomssl.transforms.base import Size, Transform
 from geomssl.transforms.geometric import Geometric
@@ -192,27 +193,11 @@ class _Linear(TorchFunctionMode):
             if func is torch.conv2d and len(args) > 1 and "bias" not in kwargs:
                 return forward_ad.make_dual(func(plain, *args[1:], **kwargs), func(slope, args[1], None, *args[3:], **kwargs))
             if func is functional.batch_norm:
-                gain = _gain(*args[1:], **kwargs)
+                gain = norm_gain(*args[1:], **kwargs)
                 if gain is not None:
                     gain = gain.to(slope.dtype).view(-1, *(1,) * (slope.dim() - 2))
                     return forward_ad.make_dual(func(plain, *args[1:], **kwargs), slope * gain)
         return func(*args, **kwargs)
-
-
-def _gain(
-    running_mean: Tensor | None = None,
-    running_var: Tensor | None = None,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    training: bool = False,
-    momentum: float = 0.1,
-    eps: float = 1e-5,
-) -> Tensor | None:
-    """The slope of functional.batch_norm with those arguments, a channel; None where it takes its statistics from the batch."""
-    if training or running_var is None:
-        return None
-    scale = torch.rsqrt(running_var + eps)
-    return scale if weight is None else weight * scale
 
 
 def _slope(value: Any) -> Tensor | None:
