@@ -41,7 +41,7 @@ def main() -> list[Row]:
         x = torch.randn(BATCH, places, FIELDS, SIZE, SIZE, device=where).movedim(1, 2)
         rows.append(duel(
             f"HermiteConv2d, {group}, mixing {mixing}, {FIELDS} fields, 7×7, {SIZE}×{SIZE}, batch {BATCH}", step(layer, x),
-            "conv2d of equal multiply-adds and groups", step(plain.to(where), x.movedim(2, 1).flatten(1, 2)), rounds=9,
+            "conv2d of equal multiply-adds and groups", step(plain.to(where), x.movedim(2, 1).flatten(1, 2)), rounds=25,
             target="≥ 0.95",
         ))
     for group in PLACES:
@@ -49,7 +49,7 @@ def main() -> list[Row]:
             images = pictures(where, batch)
             rows.append(duel(
                 f"hssl-cifar10, {group}, widths {NARROW['widths']}, 25×25, batch {batch}", step(network(group), images),
-                "the same of plain conv2d, equal groups", step(network("none", PLACES[group]), images), rounds=7,
+                "the same of plain conv2d, equal groups", step(network("none", PLACES[group]), images), rounds=15,
                 target="≥ 0.95",
             ))
     if where.type == "cpu" and Path("/proc/self/status").is_file():

@@ -38,13 +38,13 @@ def main() -> list[Row]:
         lifted = x.unflatten(1, (FIELDS, 4))
         rows.append(duel(
             f"C4 convolution, {FIELDS} fields, 3×3, {SIZE}×{SIZE}, batch {BATCH}: forward and backward",
-            step(ours_layer().to(where), lifted), f"{name} R2Conv", step(*their_layer(name, x)), rounds=15, target="≥ 1",
+            step(ours_layer().to(where), lifted), f"{name} R2Conv", step(*their_layer(name, x)), rounds=41, target="≥ 1",
         ))
         pictures = torch.rand(BATCH, 3, SIZE, SIZE, device=where)
         rows.append(duel(
             f"C4 network of {len(WIDTHS)} stages, fields {WIDTHS}, {SIZE}×{SIZE}, batch {BATCH}: forward and backward",
             step(ours(WIDTHS).to(where), pictures), f"the same in {name}", step(theirs(name, WIDTHS).to(where), pictures),
-            rounds=9, target="≥ 1",
+            rounds=15, target="≥ 1",
         ))
         rows.append(duel(
             f"construction of the network, fields {WIDE}", lambda: ours(WIDE), name, lambda name=name: theirs(name, WIDE),

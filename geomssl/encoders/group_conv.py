@@ -77,7 +77,8 @@ class GroupConv2d(Expanded):
 
     def expand(self, weight: Tensor) -> Tensor:
         """The filters of all orientations, (C' |G|, C, k, k) with lifting, else (C' |G|, C |G|, k, k)."""
-        turned = weight.flatten(2)[:, :, self.index]  # (C', C, |G|, 1 or |G|, k k): filter [g] is Γ_g w
+        turned = weight.flatten(2).index_select(2, self.index.flatten())  # for every g in turn: Γ_g w
+        turned = turned.unflatten(2, self.index.shape)
         size = (self.kernel_size, self.kernel_size)
         return turned.transpose(1, 2).reshape(self.out_channels * self.order, -1, *size)
 
