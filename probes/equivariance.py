@@ -377,9 +377,8 @@ def _inputs(
     if options.images != "data":
         if options.cluster is not None:
             raise GeomsslError(f"--cluster {options.cluster} of {options.images}", "--images data", reason="no-factor")
-        channels = int(getattr(subject.encoder, "in_channels", subject.source.channels))
         made = pictures(
-            options.images, options.n or 256, channels, subject.source.size, options.bandwidth,
+            options.images, options.n or 256, subject.channels, subject.source.size, options.bandwidth,
             wraps or options.boundary == "circular", options.seed,
         )
         return rendered(made, transform, subject.dtype, subject.device), None, None
@@ -417,11 +416,11 @@ def _sweep(
     """Rendered fields of several bandwidths: what remains when resampling no longer matters."""
     rows = []
     wraps = (isinstance(transform, Translations) and transform.wrap) or options.boundary == "circular"
-    channels, side = int(getattr(subject.encoder, "in_channels", subject.source.channels)), subject.source.size
+    side = subject.source.size
     for bandwidth in BANDWIDTHS:
         if bandwidth * side < 2:
             continue
-        made = pictures("fields", REFERENCES, channels, side, bandwidth, wraps, options.seed)
+        made = pictures("fields", REFERENCES, subject.channels, side, bandwidth, wraps, options.seed)
         inputs = rendered(made, transform, subject.dtype, subject.device)
         few = replace(settings, resamples=min(settings.resamples, 1000))
         rows.append((bandwidth, judge(reader, inputs, transform, params, actions, options.boundary, None, few)[0]))

@@ -121,12 +121,13 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
 def _inputs(subject: subject.Subject, options: Options, transform: Transform) -> Inputs:
     """Images of the data set, as formulas where it has them, or rendered pictures."""
     if options.images != "data":
-        channels = int(getattr(subject.encoder, "in_channels", subject.source.channels))
         wraps = isinstance(transform, Translations) and transform.wrap
         n = options.n or len(subject.source)
         if n < 2:
             raise GeomsslError(f"--n {n}", "at least 2 pictures", reason="too-few-images")
-        made = pictures(options.images, n, channels, subject.source.size, options.bandwidth, wraps, options.seed)
+        made = pictures(
+            options.images, n, subject.channels, subject.source.size, options.bandwidth, wraps, options.seed
+        )
         return rendered(made, transform, subject.dtype, subject.device)
     subject.need(2, "an explanation")
     indices = subject.choose(options)

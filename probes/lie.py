@@ -114,7 +114,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     """The Lie derivative of an encoder's layers along translations, rotation, zoom, shear, hue and brightness."""
     encoder, device, dtype = subject.encoder, subject.device, subject.dtype
     size: Size = (subject.source.size,) * 2
-    chosen, notes = _active([named_generator(name) for name in dict.fromkeys(options.generator)], subject.source.channels)
+    chosen, notes = _active([named_generator(name) for name in dict.fromkeys(options.generator)], subject.channels)
     if options.images == "data":
         subject.need(2, "a Lie derivative")
         rows = subject.choose(options)
@@ -122,7 +122,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     else:
         rows = torch.arange(options.n or len(subject.source))
         drawn = pictures(
-            options.images, len(rows), subject.source.channels, size[0], options.bandwidth,
+            options.images, len(rows), subject.channels, size[0], options.bandwidth,
             options.difference == "spectral", options.seed,
         )
 

@@ -70,6 +70,11 @@ class Subject:
             if module is not None:
                 module.to(self.device, self.dtype).eval().requires_grad_(False)
 
+    @property
+    def channels(self) -> int:
+        """Channels of pictures for the encoder: those that it takes, or the split's where it does not say."""
+        return int(getattr(self.encoder, "in_channels", self.source.channels))
+
     def need(self, n: int, what: str, part: Part = "own") -> None:
         """Raise unless the split has at least n images."""
         have = len(self._source(part))
