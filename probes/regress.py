@@ -42,6 +42,7 @@ class Options(subjects.Options):
     steps: int = Field(300, ge=1, description="training steps of the regressor")
     train_n: int | None = Field(None, ge=8, description="training images to use  [default: all of them]")
     held_out: float = Field(0.2, gt=0, lt=1, description="share of the training pairs on which the weight decay is chosen")
+    beside: bool = Field(True, description="read the random encoder and raw pixels too; raw pixels take most of the time")
 
 
 @dataclass(frozen=True)
@@ -143,13 +144,14 @@ def _read(
     """The regressor on every kind of features, the shuffled null after the encoder's own."""
     held = held_out(train.unit, options.held_out, options.seed)
     fitted_on, aside = (~held).nonzero()[:, 0], held.nonzero()[:, 0]
-    twin = subject.random_twin()
-    if twin is None:
-        notes.append("No random encoder beside it: how this encoder is initialised is not known.")
     kinds: list[tuple[str, str, Subject, Layer]] = [("h", "encoder", subject, "h")]
-    if twin is not None:
-        kinds.append(("random", "random encoder", twin, "h"))
-    kinds.append(("pixels", "raw pixels", subject, "pixels"))
+    if options.beside:
+        twin = subject.random_twin()
+        if twin is None:
+            notes.append("No random encoder beside it: how this encoder is initialised is not known.")
+        else:
+            kinds.append(("random", "random encoder", twin, "h"))
+        kinds.append(("pixels", "raw pixels", subject, "pixels"))
     found = []
     for key, name, of, layer in kinds:
         check_frozen(of.encoder)

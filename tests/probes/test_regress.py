@@ -215,6 +215,14 @@ def test_probe_is_deterministic_and_reads_the_named_transform(make_subject: Call
     assert math.isfinite(found.metric("r2_mean_random").value)  # type: ignore[arg-type]
 
 
+def test_the_encoder_alone_has_the_same_figures(make_subject: Callable[..., Subject]) -> None:
+    options = {"steps": 20, "transform": "rotate(±30)"}
+    whole, alone = (probe(make_subject(), Options(**options, beside=b)) for b in (True, False))
+    for name in ("r2_mean", "r2_angle", "r2_mean_null"):
+        assert alone.metric(name) == whole.metric(name)
+    assert set(alone.table("r2").columns["features"]) == {"encoder", "encoder, pairs shuffled"}
+
+
 def test_what_cannot_be_regressed_is_said(make_subject: Callable[..., Subject]) -> None:
     with pytest.raises(GeomsslError, match="continuous factors"):
         probe(make_subject(), Options(of="factors"))
