@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from geomssl import checkpoint, data, device, distributed, files
+from geomssl import checkpoint, data, device, distributed, files, modes
 from geomssl.caching import Cache
 from geomssl.data.base import to_unit
 from geomssl.errors import GeomsslError
@@ -240,15 +240,11 @@ class Trainer:
         if after_epoch is None or distributed.rank():
             distributed.wait()
             return
-        modes = [(module, module.training) for module in self.learner.modules()]
         needed = [(parameter, parameter.requires_grad) for parameter in self.learner.parameters()]
-        self.learner.eval()
         try:
-            with torch.no_grad(), seeded(self.recipe.seed, "after-epoch", self.epoch):
+            with modes.evaluating(self.learner), torch.no_grad(), seeded(self.recipe.seed, "after-epoch", self.epoch):
                 after_epoch(self)
         finally:
-            for module, mode in modes:
-                module.training = mode
             for parameter, flag in needed:
                 parameter.requires_grad_(flag)
         distributed.wait()

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from geomssl import modes
 from geomssl.errors import GeomsslError
 from geomssl.probes.assurance import bootstrap_ratio
 from geomssl.probes.units import Units
@@ -357,18 +358,8 @@ def precise(values: Tensor) -> Tensor:
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
     """Eval mode for every module that a model is, belongs to or closes over; each one's own mode comes back after."""
-    modes = {m: m.training for root in modules_of(model) for m in root.modules()}
-    for root in modules_of(model):
-        root.eval()
-    try:
+    with modes.evaluating(*modules_of(model)):
         yield
-    finally:
-        # Parents first, since train() passes a mode on; by train(), since some modules keep filters in eval mode.
-        for module, mode in modes.items():
-            if module.training != mode:
-                module.train(mode)
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def modules_of(model: Any) -> list[nn.Module]:

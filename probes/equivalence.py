@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from geomssl import modes
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
@@ -160,8 +161,7 @@ def _frozen(encoder: Encoder, images: Tensor) -> Iterator[None]:
 def untouched(*modules: nn.Module, dtype: torch.dtype = torch.float64) -> Iterator[None]:
     """The modules in that dtype with gradients on; modes, flags, dtype and buffers are as before after it."""
     kinds = {module: next((p.dtype for p in module.parameters()), torch.get_default_dtype()) for module in modules}
-    parts = [part for module in modules for part in module.modules()]
-    modes = [(part, part.training) for part in parts]
+    own = modes.of(*modules)
     flags = [(p, p.requires_grad) for module in modules for p in module.parameters()]
     buffers = [(module, {k: v.clone() for k, v in module.named_buffers()}) for module in modules]
     try:
@@ -176,14 +176,13 @@ def untouched(*modules: nn.Module, dtype: torch.dtype = torch.float64) -> Iterat
                 buffer.copy_(kept[name])
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
-        for part, mode in modes:
-            part.training = mode
+        modes.restore(own)
 
 
 class Options(subject.Options):
     """Settings of the equivalence probe."""
 
-    group: Literal["rotation", "translation", "scale"] | None = Field(
+    group: Literal["rotation", "translation", "scale", "p4"] | None = Field(
         None, description="transformation  [default: the run's own, else what the encoder's fibres carry]"
     )
     batch: int | None = Field(None, ge=2, description="images a batch  [default: the run's own, else 32; at most 32]")
@@ -218,10 +217,10 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
 def measured(subject: subject.Subject, options: Options, shape: tuple[int, ...], notes: list[str]) -> HSSL:
     """The run's objective with matched draws: its own where it is H-SSL, else its projector under InfoNCE."""
     own = subject.objective if isinstance(subject.objective, HSSL) else None
-    group = options.group or (own.config.group if own else _carried(subject.encoder, shape))
+    group: str = options.group or (own.config.group if own else _carried(subject.encoder, shape))
     if group == "scale":
         raise GeomsslError(
-            "the equivalence for scale, which has no exact form", "rotation or translation", reason="no-exact-form"
+            "the equivalence for scale, which has no exact form", "rotation, translation or p4", reason="no-exact-form"
         )
     head = own.over_bundles if own else subject.need_projector("equivalence")
     if own is None:
@@ -231,7 +230,7 @@ def measured(subject: subject.Subject, options: Options, shape: tuple[int, ...],
     else:
         settings = own.config.model_dump()
     settings |= {"group": group, "draws": "matched", "positives": "both", "method": "infonce", "critic": "cosine", "wrap": True}
-    if group == "rotation":
+    if group != "translation":
         settings["base_counts"] = "total"
     objective = HSSL(HSSL.Config.model_validate(settings), subject.encoder, 0, subject.encoder.in_channels)
     if objective.config.fibres == 1:

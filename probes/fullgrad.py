@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from geomssl import modes
 from geomssl.errors import GeomsslError
 from geomssl.probes import known_bias
 
@@ -304,15 +305,12 @@ def _warm_up() -> None:
 @contextmanager
 def _frozen(model: nn.Module) -> Iterator[None]:
     """Eval mode and frozen parameters inside the block, and everything as it was after it."""
-    modes = {module: module.training for module in model.modules()}
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    model.eval()
-    try:
-        for parameter in learning:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in learning:
-            parameter.requires_grad_(True)
-        for module, mode in modes.items():
-            module.training = mode
+    with modes.evaluating(model):
+        try:
+            for parameter in learning:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in learning:
+                parameter.requires_grad_(True)

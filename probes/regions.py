@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from geomssl import modes
 from geomssl.errors import GeomsslError
 from geomssl.probes import checks
 
@@ -68,18 +69,14 @@ def patterns(projector: nn.Module, h: Tensor, rows: int = 1024) -> Tensor:
     """
     finite = checks.matrix(h, "features h")
     weight = next((w for w in projector.parameters() if w.is_floating_point()), h)
-    was = projector.training
-    projector.eval()
     found = []
-    try:
+    with modes.evaluating(projector):
         for part in finite.split(rows):
             with _Watch(len(part)) as watch:
                 projector(part.to(weight.device, weight.dtype, copy=True))
             none = torch.zeros(len(part), 0, dtype=torch.bool)
             bits = torch.cat([none, *(side.cpu() for side in watch.seen)], dim=1)
             found.append(torch.from_numpy(np.packbits(bits.numpy(), axis=1)))
-    finally:
-        projector.train(was)
     return torch.cat(found)
 
 

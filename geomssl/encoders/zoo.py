@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from geomssl import modes
 from geomssl.config import Settings
 from geomssl.encoders.base import Encoder, Normalise
 from geomssl.encoders.capture import Capture
@@ -95,20 +96,16 @@ class Adapter(Encoder):
     @torch.no_grad()
     def _try(self, size: int) -> None:
         """One pass in eval mode over two blank images, so that a size at which the model does not run is found at once."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
         try:
-            self(torch.zeros(2, self.in_channels, size, size))
-            self.fibres(torch.zeros(2, self.in_channels, size, size))
+            with modes.evaluating(self):
+                self(torch.zeros(2, self.in_channels, size, size))
+                self.fibres(torch.zeros(2, self.in_channels, size, size))
         except (AssertionError, RuntimeError, ValueError) as error:
             said = " ".join(str(error).split())[:200]
             raise GeomsslError(
                 f"{self.name} on images of {size}x{size} pixels: {said}", "a size at which the model runs, such as 224",
                 reason="bad-images",
             ) from None
-        finally:
-            for module, mode in modes:
-                module.training = mode
 
 
 class Timm(Adapter):

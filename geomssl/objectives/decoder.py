@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from geomssl import modes
 from geomssl.encoders.vit import MLP, Block, sincos
 from geomssl.errors import GeomsslError
 
@@ -76,13 +77,10 @@ def token_grid(encoder: nn.Module, channels: int, size: int) -> tuple[int, int]:
     """
     weight = next(iter(encoder.parameters()), torch.empty(0))
     ramp = torch.linspace(0, 1, channels * size * size, dtype=weight.dtype, device=weight.device)
-    image, training = ramp.view(1, channels, size, size), encoder.training
-    encoder.eval()
-    try:
+    image = ramp.view(1, channels, size, size)
+    with modes.evaluating(encoder):
         maps = encoder.fibres(image)  # type: ignore[operator]
         pooled, h = encoder.pool(maps), encoder(image)  # type: ignore[operator]
-    finally:
-        encoder.train(training)
     if maps.shape[3] != maps.shape[4]:
         given = f"reconstruction from fibres {tuple(maps.shape[1:])} (C, G, H, W)"
         raise GeomsslError(given, "as many rows as columns", reason="bad-shape")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from geomssl import modes
 from geomssl.config import Settings
 from geomssl.distributed import gather
 from geomssl.encoders.base import Encoder
@@ -16,14 +18,17 @@ from geomssl.heads import mlp
 from geomssl.losses import Denominator
 from geomssl.objectives.base import Batch, Losses, Objective, ViewSpec
 from geomssl.objectives.critics import BYOL, Contrast, SimSiam, bare
-from geomssl.objectives.fibres import Invariance, Metric, Space, draw_one, draw_pair, finite, line, patch, pick, plane
-from geomssl.transforms import CyclicRotations, Translations, policy
-from geomssl.transforms.base import Group, Size, Transform
+from geomssl.objectives.fibres import Invariance, Metric, Space, draw_one, draw_pair, finite, line, p4, patch, pick, plane
+from geomssl.transforms import Compose, CyclicRotations, Translations, policy
+from geomssl.transforms.base import Size, Transform
 from geomssl.transforms.groups import PointGroup
 
 __all__ = ["HSSL", "HSSLConfig", "pick"]
 
-AUGMENTATION = {"rotation": "rotations", "translation": "translations20", "scale": "scales"}
+Acting = Literal["rotation", "translation", "scale", "p4"]
+AUGMENTATION = {
+    "rotation": ("rotations",), "translation": ("translations20",), "scale": ("scales",), "p4": ("rotations", "translations20"),
+}  # fmt: skip
 FACTORS = (1.0, 1.25, 1.33, 1.5, 1.66, 1.75)
 
 
@@ -31,7 +36,7 @@ class HSSLConfig(Settings):
     """What tells A-SSL, H-SSL, DIM(L), GIM and their hybrid apart."""
 
     name: Literal["hssl"] = "hssl"
-    group: Literal["rotation", "translation", "scale"] = Field("rotation", description="the transformation")
+    group: Acting = Field("rotation", description="the transformation; p4: turns and shifts together")
     positives: Literal["fibres", "inputs", "both"] = Field(
         "fibres", description="H-SSL (fibres of one pass), A-SSL (inputs, augmented), or the weighted sum of both losses"
     )
@@ -64,10 +69,11 @@ class HSSLConfig(Settings):
             f"critic = bilinear with method = {self.method}": self.critic == "bilinear" and self.method != "infonce",
             "draws = matched for scale, which has no exact form": self.draws == "matched" and self.group == "scale",
             "draws = matched with wrap = false": self.draws == "matched" and self.group == "translation" and not self.wrap,
+            "wrap = false for p4, whose places are a group on the torus alone": self.group == "p4" and not self.wrap,
             f"base_counts = side for {self.group}": self.base_counts == "side" and self.group != "translation",
         }
         expected = ("a distance above 0", "draws = matched, or no bound", "critic = cosine, or method = infonce",
-                    "draws = paper, or another group", "wrap = true", "base_counts = total")  # fmt: skip
+                    "draws = paper, or another group", "wrap = true", "wrap = true", "base_counts = total")  # fmt: skip
         for (given, wrong), wanted in zip(refuse.items(), expected, strict=True):
             if wrong:
                 raise GeomsslError(f"objective hssl: {given}", wanted, reason="bad-value")
@@ -87,8 +93,9 @@ class HSSL(Objective):
         both    fibres_weight L_H + inputs_weight L_A, all images in one joint pass, one head
 
     A fibre is C numbers at one place of the axis that the group moves: of G for rotation and scale, after averaging over
-    space; of (H, W) for translation, with G pooled by its maximum. A bundle is the |g0| C numbers of a base space, which lies
-    contiguous on a circle (rotation), a line (scale), a torus or a plane (translation), without padding.
+    space; of (H, W) for translation, with G pooled by its maximum; of (G, H, W) for p4. A bundle is the |g0| C
+    numbers of a base space, which lies contiguous on a circle (rotation), a line (scale), a torus or a plane (translation), or
+    is all turns of a patch (p4), without padding.
     draws "paper": fibres draws each place by itself, inputs an augmentation of the policy and one place for both views.
     "matched": both take g0, g1, g2 uniformly from the group, shifts in whole steps of the map, so that L_A = L_H for an exact
     backbone (see the probe equivalence). distance: pairs (g1, g2) within it, all alike likely, g1 = g2 among them.
@@ -113,7 +120,7 @@ class HSSL(Objective):
             self.projector = head
         else:
             self.head = head
-        drawn = policy(AUGMENTATION[config.group])
+        drawn = self.policy
         plain, augmented = (ViewSpec("plain", policy("none")),), (ViewSpec("1", drawn), ViewSpec("2", drawn))
         self.views, self.draws = {
             "fibres": (plain, 2), "inputs": (augmented, 1), "both": ((*plain, *augmented), 3),
@@ -140,7 +147,8 @@ class HSSL(Objective):
     @property
     def policy(self) -> Transform:
         """The augmentation that corresponds to the group, also where training drew none."""
-        return policy(AUGMENTATION[self.config.group])
+        first, *rest = (policy(name) for name in AUGMENTATION[self.config.group])
+        return Compose([first, *rest], name="-".join(AUGMENTATION[self.config.group]))
 
     def forward(self, encoder: Encoder, batch: Batch) -> Losses:
         byol = self.critic if isinstance(self.critic, BYOL) else None
@@ -166,13 +174,16 @@ class HSSL(Objective):
 
     def line(self, maps: Tensor) -> Tensor:
         """The fibres (N, C, places) of the group that is contrasted."""
+        if self.config.group == "p4":
+            return maps.flatten(2)
         line = maps.amax(dim=2).flatten(2) if self.config.group == "translation" else maps.mean(dim=(3, 4))
         if line.shape[2] == 1 and self.config.positives != "inputs":
             raise self._no_group(maps.shape)
         return line
 
     def _no_group(self, shape: torch.Size | tuple[int, ...]) -> GeomsslError:
-        example = {"rotation": "encoder c4-cnn for rotation", "translation": "maps larger than 1x1", "scale": "a scale encoder"}
+        example = {"rotation": "encoder c4-cnn for rotation", "translation": "maps larger than 1x1", "scale": "a scale encoder",
+                   "p4": "encoder c4-cnn, whose maps have turns and places"}  # fmt: skip
         return GeomsslError(
             f"hssl over {self.config.group} on an encoder with fibres of shape {tuple(shape[1:])} (C, G, H, W)",
             f"more than one fibre along the group, such as {example[self.config.group]}", reason="no-group",
@@ -227,15 +238,16 @@ class HSSL(Objective):
                 f"hssl on an encoder whose fibres have {channels} numbers and whose h has {encoder.dim}",
                 "one width for both, since one head stands on both", reason="bad-features",
             )
-        places = height * width if config.group == "translation" else orientations
-        strange = {"rotation": factors is not None, "scale": of is not None, "translation": False}[config.group]
+        turning = config.group in ("rotation", "p4")
+        places = {"translation": height * width, "p4": orientations * height * width}.get(config.group, orientations)
+        strange = factors is not None if turning else of is not None and config.group == "scale"
         if strange and config.positives != "inputs":
             carried = "scale" if of is None else "rotation" if isinstance(of, PointGroup) else of.name
             raise GeomsslError(
                 f"hssl over {config.group} on an encoder whose fibres stand for {carried}",
                 f"objective.group = {carried}, or an encoder over {config.group}", reason="no-group",
             )
-        if places == 1 and config.positives != "inputs":
+        if (places == 1 and config.positives != "inputs") or (config.group == "p4" and orientations == 1):
             raise self._no_group(shape)
         largest = places - 1 if config.positives != "inputs" else places
         if config.fibres > largest:
@@ -248,8 +260,16 @@ class HSSL(Objective):
         elif config.group == "scale":
             found = line(places, config.fibres, factors or FACTORS)
         else:
-            finite_group = of if isinstance(of, PointGroup) and of.fibre == places else CyclicRotations(places)
-            found = finite(finite_group, config.fibres, config.invariance)
+            point = _turns(encoder, orientations)
+            if config.group == "rotation":
+                found = finite(point, config.fibres, config.invariance)
+            elif height != width or not bool(point.is_exact(point.elements(), (height, width)).all()):
+                raise GeomsslError(
+                    f"hssl over p4 on maps {height}x{width} with {orientations} turns", "square maps and quarter turns",
+                    reason="no-group",
+                )
+            else:
+                found = p4(point, height, config.fibres, config.invariance)
         if len(found) < (1 if config.positives == "inputs" else 2):
             raise GeomsslError(
                 f"base = {config.base}, which fits in {len(found)} places of {places}", "a smaller base, or wrap = true",
@@ -262,11 +282,8 @@ class HSSL(Objective):
         key = (tuple(images.shape[1:]), images.device)
         if key not in self._spaces:
             network = bare(encoder)
-            modes = [(module, module.training) for module in network.modules()]
-            with torch.no_grad():
-                shape = tuple(network.eval().fibres(images[:1]).shape)
-            for module, mode in modes:
-                module.training = mode
+            with modes.evaluating(network), torch.no_grad():
+                shape = tuple(network.fibres(images[:1]).shape)
             self._spaces[key] = self.space(encoder, shape, images.device)
         return self._spaces[key]
 
@@ -275,22 +292,37 @@ class HSSL(Objective):
         transform, params = self.elements(encoder, (images.shape[2], images.shape[3]), space, place)
         return transform(images, params.to(images.dtype))
 
-    def elements(self, encoder: Encoder, size: Size, space: Space, place: Tensor) -> tuple[Group, Tensor]:
-        """The group that acts on images of that size, and the parameters (N, P) of g = p^-1 for places p (N,)."""
+    def elements(self, encoder: Encoder, size: Size, space: Space, place: Tensor) -> tuple[Transform, Tensor]:
+        """What acts on images of that size, and its parameters (N, P) of g = p^-1 for places p (N,)."""
+        if space.turns is not None and space.inverse is not None:
+            order = int(space.turns[:, 0].max()) + 1
+            side = math.isqrt(len(space) // order)
+            params = space.turns[space.inverse[place]]
+            steps = self._steps(size, (side, side))
+            return Compose([_turns(encoder, order), Translations()]), params * params.new_tensor([1, *steps])
         if space.inverse is not None:
-            of = getattr(encoder, "group", None)
-            group = of if isinstance(of, PointGroup) and of.fibre == len(space) else CyclicRotations(len(space))
-            return group, space.inverse[place].unsqueeze(1)
+            return _turns(encoder, len(space)), space.inverse[place].unsqueeze(1)
         if space.grid is None or not space.torus:
             raise GeomsslError(
                 f"matched draws of {self.config.group}", "rotation, or wrapped translation: for scale there is no exact form",
                 reason="no-exact-form",
             )
-        steps = [image // map_ for image, map_ in zip(size, space.grid, strict=True)]
-        if any(step * map_ != image for step, map_, image in zip(steps, space.grid, size, strict=True)):
-            raise GeomsslError(
-                f"shifts that match on images of {size[0]}x{size[1]} pixels and maps of {space.grid[0]}x{space.grid[1]}",
-                "images whose sides are multiples of the maps'", reason="no-exact-form",
-            )
+        steps = self._steps(size, space.grid)
         rows, columns = place // space.grid[1], place % space.grid[1]
         return Translations(), -torch.stack([rows * steps[0], columns * steps[1]], dim=1)
+
+    @staticmethod
+    def _steps(size: Size, grid: Size) -> Size:
+        """How many pixels of the image one step of the map is, down and to the right."""
+        if size[0] % grid[0] or size[1] % grid[1]:
+            raise GeomsslError(
+                f"shifts that match on images of {size[0]}x{size[1]} pixels and maps of {grid[0]}x{grid[1]}",
+                "images whose sides are multiples of the maps'", reason="no-exact-form",
+            )
+        return size[0] // grid[0], size[1] // grid[1]
+
+
+def _turns(encoder: Encoder, order: int) -> PointGroup:
+    """The encoder's own group of turns, or, of a control that is read as fibres, that of so many turns."""
+    of = getattr(encoder, "group", None)
+    return of if isinstance(of, PointGroup) and of.fibre == order else CyclicRotations(order)
