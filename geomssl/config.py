@@ -59,13 +59,13 @@ def read_toml(path: Path | str) -> dict[str, Any]:
         raise GeomsslError(f"cannot read {path}: {error.strerror}", "a readable TOML file", reason="no-file") from None
 
 
-def assignments(pairs: Iterable[str]) -> dict[str, Any]:
+def assignments(pairs: Iterable[str], flag: str = "--set", form: str = "key=value, such as optim.lr=0.1") -> dict[str, Any]:
     """`--set optim.lr=0.1` and the like as a nested dictionary; a value is TOML where it parses, else text."""
     merged: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key.strip():
-            raise GeomsslError(f"--set {pair}", "key=value, such as optim.lr=0.1", reason="bad-value")
+            raise GeomsslError(f"{flag} {pair}", form, reason="bad-value")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
         except tomllib.TOMLDecodeError:

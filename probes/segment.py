@@ -32,6 +32,9 @@ class Options(subjects.Options):
     """Settings of the segmentation probe."""
 
     to: str | None = Field(None, description="another data set with masks, NAME or NAME:PATH  [default: the measured one]")
+    to_set: tuple[str, ...] = Field(
+        (), description="a setting of the data set of --to, NAME.KEY=VALUE, such as ade20k.val=0.1; repeat for several"
+    )
     decoder: Kind = Field("hypernetwork", description="what reads the map: weights made for each patch, or a linear classifier")
     frozen: bool = Field(True, description="keep the encoder as it is, in eval mode; else a copy of it learns along")
     steps: int = Field(300, ge=1, description="training steps of the decoder")
@@ -57,7 +60,9 @@ def probe(subject: Subject, options: Options) -> Artifact:
     """Intersection over union and accuracies of pixels on the measured split, the random encoder and chance beside."""
     check_frozen(subject.encoder)
     if options.to is not None:
-        subject = elsewhere.carried(subject, options.to)
+        subject = elsewhere.carried(subject, options.to, options.to_set)
+    elif options.to_set:
+        raise GeomsslError(f"--to-set {options.to_set[0]} without --to", "--to NAME", reason="no-target")
     regions = _regions(subject)
     rows, known = subject.choose(options), train_sample(subject, options.train_n, options.seed)
     unit, word = _units(subject, rows)

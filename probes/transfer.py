@@ -27,6 +27,9 @@ class Options(subjects.Options):
     """Settings of the transfer probe."""
 
     to: tuple[str, ...] = Field((), description="data set to carry the features to, NAME or NAME:PATH; repeat for several")
+    to_set: tuple[str, ...] = Field(
+        (), description="a setting of a data set of --to, NAME.KEY=VALUE, such as dtd.partition=2; repeat for several"
+    )
     train_n: int | None = Field(None, ge=2, description="training images of each set; all of them when not given")
     download: bool = Field(False, description="fetch a set that is not here, where its files are pinned (mnist, cifar10, ...)")
     beside: bool = Field(True, description="measure the random encoder too")
@@ -95,9 +98,9 @@ def _sources(options: Options, split: Split, channels: int, size: int) -> list[S
     """That split of every set, brought to the encoder's images."""
     if not options.to:
         raise GeomsslError("transfer to no data set", "--to NAME, such as --to fashion-mnist", reason="no-target")
-    sources = []
+    chosen, sources = elsewhere.settings(options.to, options.to_set), []
     for name in dict.fromkeys(options.to):
-        source = elsewhere.source(name, split, channels, size, options.download)
+        source = elsewhere.source(name, split, channels, size, options.download, chosen)
         if source.labels is None:
             raise GeomsslError(f"transfer to {source.name}, which has no labels", "a labelled data set", reason="no-labels")
         if len(source) < 2:

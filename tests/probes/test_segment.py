@@ -291,6 +291,13 @@ def test_what_cannot_be_measured_is_one_line(make_subject) -> None:
         probe(dataclasses.replace(made(), train=None), Options())
 
 
+def test_the_other_set_takes_its_own_settings() -> None:
+    found = probe(made(), Options(to="views", to_set=("views.classes=3",), steps=1, n=12, train_n=12, beside=False, show=0))
+    assert len(found.table("regions")) == 4, "the background and three classes"
+    with pytest.raises(GeomsslError, match="without --to"):
+        probe(made(), Options(to_set=("views.classes=3",)))
+
+
 def test_another_data_set_is_brought_to_the_encoders_images() -> None:
     """views at the side of the subject's own images, with its masks; the subject itself is not changed."""
     subject = made()

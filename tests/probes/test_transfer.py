@@ -13,6 +13,7 @@ from geomssl.cli import main
 from geomssl.data.base import Resident
 from geomssl.data.derived import Fitted, fitted
 from geomssl.errors import GeomsslError
+from geomssl.probes import elsewhere
 from geomssl.probes.linear import fit
 from geomssl.probes.subject import Subject
 from geomssl.probes.transfer import Options, probe
@@ -109,6 +110,30 @@ def test_the_encoder_sees_images_of_its_own_size_and_channels(make_subject) -> N
 def test_what_cannot_be_carried_to_is_one_line(make_subject, to, said) -> None:
     with pytest.raises(GeomsslError) as caught:
         probe(make_subject(), Options(to=to))
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_carried_set_takes_its_own_settings(make_subject, found) -> None:
+    """Another seed, other objects; the side stays the encoder's, whatever is said."""
+    chosen = ("views.n=20", "views.seed=1", "views.classes=2")
+    artifact = probe(make_subject(), Options(to=("views",), to_set=chosen, beside=False))
+    wanted = fitted(data.load("views", "test", n=20, seed=1, classes=2, size=8), 1, 8)
+    assert artifact.table("transfer").columns["images_sha256"][0] == wanted.fingerprint
+    assert artifact.table("transfer").columns["classes"][0] == 2
+    folder = f"folder:{found}"
+    sizes = [elsewhere.source(folder, "test", 1, 8, chosen=elsewhere.settings((folder,), [f"folder.{key}"])).size
+             for key in ("seed=1", "size=5")]
+    assert sizes == [8, 8]
+
+
+@pytest.mark.parametrize(("to_set", "said"), [
+    ("dtd.partition=2", "digits"), ("views=2", "views.KEY=VALUE"), ("views.sed=1", "seed"), ("views.seed", "views.seed=1"),
+    ("views.seed=-1.5", "seed"),
+])
+def test_a_wrong_setting_of_a_carried_set_is_one_line(make_subject, to_set, said) -> None:
+    with pytest.raises(GeomsslError) as caught:
+        probe(make_subject(), Options(to=("views", "digits"), to_set=(to_set,)))
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
 
