@@ -112,6 +112,21 @@ def test_local_maps_are_the_product_of_the_masked_weights() -> None:
             torch.testing.assert_close(one, by_hand, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+def test_local_maps_through_batch_norm_are_those_of_a_loop(affine: bool) -> None:
+    """Its mean decides which side of the kink a sample is on."""
+    norm = nn.BatchNorm1d(9, affine=affine, eps=0.3).double()
+    norm.running_mean, norm.running_var = draw(9, seed=3), draw(9, seed=4).abs() + 0.1
+    if affine:
+        norm.weight.data, norm.bias.data = draw(9, seed=5), draw(9, seed=6)
+    first, last = mlp()[0], nn.Linear(9, 4).double()
+    h = draw(50, 7, seed=7)
+    for projector in (nn.Sequential(first, norm, nn.ReLU(), last), nn.Sequential(first, norm, nn.ReLU())):
+        projector.eval()
+        by_hand = torch.stack([torch.autograd.functional.jacobian(lambda row, g=projector: g(row[None])[0], one) for one in h])
+        torch.testing.assert_close(local_maps(projector, h), by_hand)
+
+
 def test_maps_do_not_depend_on_the_memory_and_leave_the_projector_alone() -> None:
     projector = mlp().float().train()
     h = draw(20, 7)
