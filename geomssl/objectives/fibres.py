@@ -29,6 +29,8 @@ class Space:
     product:   long (P, P), p q, and inverse, long (P,), where the places are a whole group; else None. Of a torus None too:
                there `grid` says how to add.
     grid:      (H, W) of a torus or of a plane, else None.
+    turns:     long (P, 3): the index of the turn about the centre of the map, and the shift (dy, dx) after it, that each
+               element is made of; of turns and shifts together alone, see `p4`.
     allowed:   the pairs of positives, see `bounded`; None: every pair.
     """
 
@@ -38,6 +40,7 @@ class Space:
     product: Tensor | None = None
     inverse: Tensor | None = None
     grid: Size | None = None
+    turns: Tensor | None = None
     allowed: tuple[Tensor, Tensor] | None = None
 
     @property
@@ -133,9 +136,51 @@ def finite(group: PointGroup, base: int, invariance: Invariance = "left") -> Spa
     table, inverse = product[..., 0].long(), group.inverse(elements)[:, 0].long()
     length = word_length(table, _steps(group))
     p, q = torch.arange(group.order)[:, None], torch.arange(group.order)[None, :]
-    # d(p^-1, q^-1): |p q^-1| invariant from the left, |p^-1 q| from the right
-    apart = length[table[p, inverse[q]]] if invariance == "left" else length[table[inverse[p], q]]
-    return Space(table[:, :base], (p - q).double() ** 2, apart, table, inverse)
+    return Space(table[:, :base], (p - q).double() ** 2, _of_group(table, inverse, length, invariance), table, inverse)
+
+
+def _of_group(product: Tensor, inverse: Tensor, length: Tensor, invariance: Invariance) -> Tensor:
+    """d(p^-1, q^-1): |p q^-1| invariant from the left, |p^-1 q| from the right."""
+    every = torch.arange(len(product))
+    p, q = every[:, None], every[None, :]
+    return length[product[p, inverse[q]]] if invariance == "left" else length[product[inverse[p], q]]
+
+
+def p4(group: PointGroup, side: int, base: int, invariance: Invariance = "left") -> Space:
+    """The places (k, y, x) of maps (|G|, n, n) under turns and whole shifts together: p4 for quarter turns, p4m with mirrors.
+
+    An element carries (k, u) to (r k, R u + t), R the turn about the centre of the map, u and t on the torus. One element
+    takes (0, 0, 0) to a given place, so each place p, counted k first, then y, then x, stands for one, and p q is where p
+    carries q. As maps move: f(T_g x) = Γ_g f(x) with T_g first the turn, then the shift by whole steps of the map.
+    g0: the |G| elements of place 0, then of the next one, over a patch row by row. euclidean: |Δk|^2 + |Δy|^2 + |Δx|^2 as
+    places are counted. group: word length, the fewest turns by one step, mirrors, and shifts by one pixel; `invariance` as
+    in `finite`. It does not commute, so left and right differ.
+    """
+    order, pixels = group.order, side * side
+    point = finite(group, 1)
+    assert point.product is not None
+    elements = group.elements()
+    index = torch.arange(pixels, dtype=torch.float64).view(1, 1, side, side).expand(order, -1, -1, -1)
+    # T_r brings to each pixel what stood at R^-1 of it
+    carried = group(index, group.inverse(elements)).flatten(1).round().long()
+    k, y, x = (part.flatten() for part in torch.meshgrid(*(torch.arange(n) for n in (order, side, side)), indexing="ij"))
+    home = carried[k, 0]
+    shift = torch.stack([(y - home // side) % side, (x - home % side) % side], dim=1)
+    turned = carried[k[:, None], (y * side + x)[None, :]]
+    rows, columns = ((part + shift[:, i, None]) % side for i, part in enumerate((turned // side, turned % side)))
+    product = point.product[k[:, None], k[None, :]] * pixels + rows * side + columns
+    inverse = (product == 0).int().argmax(dim=1)
+    # one pixel down and one to the right; then the turns and mirrors about the centre
+    steps = [side % pixels, 1 % pixels, *(r * pixels + int(carried[r, 0]) for r in _steps(group))]
+    length = word_length(product, [s for s in dict.fromkeys(steps) if s])
+    counted = torch.stack([k, y, x], dim=1).double()
+    apart = (counted[:, None] - counted[None, :]).square().sum(dim=2)
+    over = patch(-(-base // order), "total", (side, side))
+    start = torch.arange(base)
+    at = over[start // order]
+    patches = start % order * pixels + at[:, 0] * side + at[:, 1]
+    turns = torch.cat([k[:, None], shift], dim=1)
+    return Space(product[:, patches], apart, _of_group(product, inverse, length, invariance), product, inverse, turns=turns)
 
 
 def _steps(group: PointGroup) -> list[int]:
