@@ -4,17 +4,19 @@ import itertools
 import math
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from scipy.sparse.csgraph import shortest_path
 from torch import nn
 
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
 from geomssl.losses import info_nce
 from geomssl.objectives.base import Batch, View
-from geomssl.objectives.fibres import draw_one, draw_pair, finite, line, patch, plane
+from geomssl.objectives.fibres import draw_one, draw_pair, finite, line, p4, patch, plane
 from geomssl.objectives.hssl import HSSL
-from geomssl.transforms import CyclicRotations, Dihedral, Scales, Translations, policy
+from geomssl.transforms import CyclicRotations, Dihedral, Flips, Scales, Translations, policy
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +73,7 @@ def test_single_draws_are_uniform():
         (plane((3, 4), patch(1, "total", (3, 4)), True), 1, "group"),
         (plane((3, 3), patch(2, "side", (3, 3)), False), 1, "euclidean"),
         (line(6, 2, (1, 1.25, 1.33, 1.5, 1.66, 1.75)), 0.3, "group"),
-        (finite(Dihedral(3), 1), 1, "group"),
+        (finite(Dihedral(3), 1), 1, "group"), (p4(CyclicRotations(4), 3, 1), 1, "group"),
     ],
 )  # fmt: skip
 def test_pairs_are_the_allowed_ones_and_all_alike_likely(space, distance, metric):
@@ -124,6 +126,60 @@ def test_a_distance_on_a_group_that_does_not_commute(invariance):
     assert of[0].tolist() == [0, 1, 2, 1, 1, 2, 3, 2]
 
 
+@pytest.mark.parametrize(("group", "side"), [(CyclicRotations(4), 3), (CyclicRotations(4), 4), (Dihedral(4), 3), (Flips(), 2)])
+def test_turns_and_shifts_together_move_places_as_the_maps_move(group, side):
+    """Element p carries place q to p q: the regular action of its turn, then its shift, on a map that is 1 at q alone."""
+    space, n = p4(group, side, 1), group.order * side**2
+    assert sorted(space.product[0].tolist()) == list(range(n)) == space.product[0].tolist()
+    one_hot = torch.eye(n).unflatten(1, (group.order, side, side))[:, None]
+    for p in range(n):
+        turn, shift = space.turns[p, :1], space.turns[p, 1:]
+        params = (part.expand(n, -1).double() for part in (turn, shift))
+        turned = group.act(one_hot, next(params))
+        moved = Translations().act(turned, next(params)).flatten(1)
+        assert torch.equal(moved.argmax(dim=1), space.product[p])
+        assert torch.equal(moved.sum(dim=1), torch.ones(n))
+        assert space.product[p, space.inverse[p]] == 0 == space.product[space.inverse[p], p]
+    p, q, r = torch.randint(0, n, (3, 200))
+    assert torch.equal(space.after(space.after(p, q), r), space.after(p, space.after(q, r)))
+
+
+@pytest.mark.parametrize("invariance", ["left", "right"])
+def test_distances_of_turns_and_shifts_are_words(invariance):
+    """Shortest ways in the graph of steps (scipy): quarter turns and shifts by a pixel; kept by one side alone."""
+    side, group = 3, CyclicRotations(4)
+    n, space = 4 * side**2, p4(group, 3, 1, invariance)
+    product, inverse = space.product, space.inverse
+    unit = [[0, 1, 0], [0, 0, 1], [0, 2, 0], [0, 0, 2], [1, 0, 0], [3, 0, 0]]
+    steps = [t for t in range(n) if space.turns[t].tolist() in unit]
+    assert len(steps) == 6
+    # g to g s: the distance on this graph is unchanged by g -> k g
+    near = np.zeros((n, n))
+    for s in steps:
+        near[range(n), (product[:, s] if invariance == "left" else product[s]).tolist()] = 1
+    words = shortest_path(near, unweighted=True)
+    assert torch.equal(space.group, torch.from_numpy(words)[inverse][:, inverse])
+    of = space.group[inverse][:, inverse]
+    kept = {"left": [torch.equal(of[product[k]][:, product[k]], of) for k in range(n)],
+            "right": [torch.equal(of[product[:, k]][:, product[:, k]], of) for k in range(n)]}  # fmt: skip
+    assert all(kept[invariance])
+    assert not all(kept["right" if invariance == "left" else "left"])
+    k, y, x = (places.flatten() for places in torch.meshgrid(*map(torch.arange, (4, side, side)), indexing="ij"))
+    assert torch.equal(space.euclidean, sum((c[:, None] - c[None, :]).square() for c in (k, y, x)).double())
+
+
+@pytest.mark.parametrize("base", [1, 3, 4, 6, 35])
+def test_base_spaces_of_turns_and_shifts(base):
+    """All turns of one place, then of the next; the same shape wherever it starts, and no place twice."""
+    space = p4(CyclicRotations(4), 3, base)
+    over = patch(-(-base // 4), "total", (3, 3)).tolist()
+    first = [r * 9 + y * 3 + x for y, x in over for r in range(4)][:base]
+    assert space.bundles[0].tolist() == first
+    for p in range(36):
+        assert space.bundles[p].tolist() == space.product[p, first].tolist()
+        assert len(set(space.bundles[p].tolist())) == base
+
+
 @pytest.mark.parametrize("base", [1, 2, 3, 4, 5])
 def test_base_spaces_of_a_ring_and_of_a_line(base):
     """|G| - 1 sizes: contiguous, over the end of a ring, inside a line."""
@@ -165,6 +221,8 @@ def bundle(maps, i, places):
          lambda p: [(p // 4 + a) % 4 * 4 + (p % 4 + b) % 4 for a in (0, 1) for b in (0, 1)]),
         ({"group": "translation", "base": 3, "wrap": False},
          lambda p: [(p // 3 + a) * 4 + p % 3 + b for a, b in ((0, 0), (0, 1), (1, 0))]),
+        # an element takes all turns at the corner to all turns at its own place
+        ({"group": "p4", "base": 4}, lambda p: [(p // 16 + r) % 4 * 16 + p % 16 for r in range(4)]),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("positives", ["fibres", "inputs", "both"])
@@ -177,10 +235,12 @@ def test_the_loss_is_its_equation(settings, read, positives, critic):
     objective = HSSL(config, encoder, 0, 1).eval()
     batch = made(objective)
     found = objective(encoder, batch)
-    places = {"translation": 9 if not config.wrap else 16, "scale": 2}.get(config.group, 4)
+    places = {"translation": 9 if not config.wrap else 16, "scale": 2, "p4": 64}.get(config.group, 4)
 
     def fibres(name):
         maps = encoder.fibres(batch.views[name].images)
+        if config.group == "p4":
+            return maps.flatten(2)
         return maps.amax(dim=2).flatten(2) if config.group == "translation" else maps.mean(dim=(3, 4))
 
     def side(sources, columns):
@@ -281,7 +341,7 @@ def test_a_few_steps_go_down(method, positives):
         ({"distance": 1.0, "positives": "inputs"}, "the policy draws the augmentation; expected draws = matched"),
         ({"critic": "bilinear", "method": "byol"}, "critic = bilinear with method = byol"),
         ({"group": "scale", "draws": "matched"}, "scale, which has no exact form"),
-        ({"base_counts": "side"}, "base_counts = side for rotation"),
+        ({"base_counts": "side"}, "base_counts = side for rotation"), ({"group": "p4", "wrap": False}, "expected wrap = true"),
         ({"group": "translation", "draws": "matched", "wrap": False}, "expected wrap = true"),
     ],
 )
@@ -303,6 +363,10 @@ def test_settings_that_do_not_go_together_are_one_line(settings, said):
         ({"group": "scale"}, Linear(group=CyclicRotations(4)), "stand for rotation; expected objective.group = rotation"),
         ({"group": "rotation"}, Scaled(), "stand for scale; expected objective.group = scale"),
         ({}, Linear(g=1), "more than one fibre along the group"),
+        ({"group": "p4"}, Linear(g=1), "such as encoder c4-cnn, whose maps have turns and places"),
+        ({"group": "p4"}, Linear(g=3), "maps 4x4 with 3 turns; expected square maps and quarter turns"),
+        ({"group": "p4"}, Scaled(), "stand for scale; expected objective.group = scale"),
+        ({"group": "p4", "base": 64}, Linear(), "64 fibres, on a group of 64 places; expected 1 to 63 fibres"),
         ({}, Linear(dim=7), "fibres have 3 numbers and whose h has 7; expected one width"),
     ],
 )

@@ -6,11 +6,13 @@ from torch import nn
 
 from geomssl.encoders import build
 from geomssl.encoders.base import Encoder
+from geomssl.encoders.group_conv import GroupConv2d
 from geomssl.errors import GeomsslError
 from geomssl.objectives.hssl import HSSL
 from geomssl.probes.equivalence import Options, compare, explained, probe, untouched
 from geomssl.probes.equivalence import bundles as bundles_of
 from geomssl.seeding import seeded
+from geomssl.transforms.groups import CyclicRotations, Dihedral
 
 
 class Shifting(Encoder):
@@ -27,6 +29,27 @@ class Shifting(Encoder):
 
     def fibres(self, images):
         return self.body(images)[:, :, None]
+
+    def pool(self, fibres):
+        return fibres.mean(dim=(2, 3, 4))
+
+
+class Turning(Encoder):
+    """Group convolution, BatchNorm, ReLU, pooling by 2, twice over: circular, so exact under turns and shifts by 4 together."""
+
+    def __init__(self, group=None, padding_mode="circular"):
+        super().__init__()
+        self.dim, self.in_channels, self.group = 4, 1, group or CyclicRotations(4)
+        self.convs = nn.ModuleList(
+            GroupConv2d(a, b, 3, self.group, lifting=a == 1, padding=1, bias=False, padding_mode=padding_mode)
+            for a, b in ((1, 3), (3, 4))
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm3d(width) for width in (3, 4))
+
+    def fibres(self, images):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            images = nn.functional.avg_pool3d(norm(conv(images)).relu(), (1, 2, 2))
+        return images
 
     def pool(self, fibres):
         return fibres.mean(dim=(2, 3, 4))
@@ -89,7 +112,12 @@ EXACT = {
     "rotation, bilinear": (c4, {"critic": "bilinear", "beta": 2.0, "denominator": "nt-xent"}),
     "rotation, simsiam": (c4, {"method": "simsiam", "predictor": 6}),
     "translation, a patch": (Shifting, {"group": "translation", "size": 12, "base": 2, "base_counts": "side"}),
-}
+    "p4": (Turning, {"group": "p4", "size": 12}),
+    "p4, even maps, a patch, a bound": (
+        Turning, {"group": "p4", "size": 8, "base": 6, "distance": 2, "metric": "group", "invariance": "right"},
+    ),
+    "p4m": (lambda: Turning(Dihedral(4)), {"group": "p4", "size": 12, "base": 3}),
+}  # fmt: skip
 BROKEN = {
     "a plain cnn read as fibres": (AsFibres, {}),
     "a broken action": (Reversed, {}),
@@ -114,9 +142,9 @@ def test_an_exact_backbone_makes_the_losses_and_their_gradients_one(name, mode):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("name", [*BROKEN, "p4, zero padding"])
 def test_another_backbone_does_not(name, mode):
-    make, settings = BROKEN[name]
+    make, settings = BROKEN.get(name, (lambda: Turning(padding_mode="zeros"), {"group": "p4", "size": 12}))
     found = compare(*case(make, **settings), mode)
     a, h = whole(found.gradients_a), whole(found.gradients_h)
     assert abs(found.gap) > 1e-3
