@@ -15,6 +15,7 @@ from geomssl.errors import GeomsslError
 from geomssl.losses import Denominator, info_nce
 from geomssl.probes import checks, subject
 from geomssl.probes.assurance import bootstrap_mean
+from geomssl.probes.negatives import silent
 from geomssl.progress import track
 from geomssl.seeding import generator
 from geomssl.transforms.base import Transform
@@ -157,7 +158,8 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         raise RuntimeError(f"InfoNCE exceeds its upper bound in {above} of {len(rows)} batches")
     metrics = _metrics(columns, setting, options.seed)
     value = {m.name: float(m.value or 0) for m in metrics}
-    notes += _remarks(setting, value, columns) + subject.projector_remarks()
+    notes += _remarks(setting, value, columns)
+    notes += silent(subject.features(indices, "z", view=(policy, options.seed, 1)), "z(1)") + subject.projector_remarks()
     directions = "Both directions averaged" if options.symmetric else "Anchors from view 1"
     constant = {"decoupled": "log 2(N-1)", "nt-xent": "log(2N-1)", "pooled": "log 4(N-1)"}[setting.denominator]
     return Artifact(
@@ -195,12 +197,14 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
 
 def _setting(subject: subject.Subject, options: Options, n: int, notes: list[str]) -> _Setting:
     known = subject.trained
-    batch = options.batch or known.get("batch_size") or 128
-    if batch > n:
-        if options.batch:
-            raise GeomsslError(f"--batch {batch} on {n} images", f"2 to {n}", reason="too-few-images")
-        notes.append(f"The training batch of {batch} is larger than the {n} images here: batches of {n} have fewer negatives.")
-        batch = n
+    asked = options.batch or known.get("batch_size")
+    batch = min(asked or 128, n)
+    if options.batch and batch < options.batch:
+        raise GeomsslError(f"--batch {options.batch} on {n} images", f"2 to {n}", reason="too-few-images")
+    if not asked:
+        notes.append(f"The batch size of the training is not known: batches of {batch}.")
+    elif batch < asked:
+        notes.append(f"The training batch of {asked} is larger than the {n} images here: batches of {n} have fewer negatives.")
     beta = options.beta if options.beta is not None else known.get("beta")
     if beta is None:
         beta = 2.0

@@ -19,6 +19,12 @@ def matrix(values: Tensor, what: str) -> Tensor:
     return exact
 
 
+def zeros(values: Tensor, what: str) -> list[str]:
+    """A sentence for the notes where rows of a matrix (n, d) are zero."""
+    count = int((values == 0).all(dim=1).sum())
+    return [f"{what}: zero for {count} of {len(values)} images."] if count else []
+
+
 def collapsed(values: Tensor) -> bool:
     """True where the rows of a matrix (n, d) are all equal up to rounding: ||X - mean|| <= 64 eps ||X|| in its own dtype."""
     exact = values.detach().to("cpu", torch.float64)

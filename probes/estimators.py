@@ -174,8 +174,9 @@ def lidar(views: Sequence[Tensor] | Tensor, delta: float = 1e-4, eps: float = 1e
     root = torch.linalg.qr(torch.cat([factor, ridge]), mode="r").R
     size = root.diagonal().abs()
     if not float(size.min()) > d * torch.finfo(torch.float64).eps * float(size.max()):
-        raise GeomsslError(f"LiDAR with delta = {delta:g} on views that do not vary in every direction", "delta > 0",
-                           reason="degenerate")
+        reach = f"that do not vary in every direction, and by {float(size.max()):.1e} in one"
+        given = f"LiDAR with delta = {delta:g} on views {reach}"
+        raise GeomsslError(given, "delta > 0" if delta == 0 else "a larger delta", reason="degenerate")
     between = (centres - centres.mean(dim=0)) / math.sqrt(len(centres))
     values = torch.linalg.svdvals(torch.linalg.solve_triangular(root, between, upper=True, left=False)) ** 2
     within = float(factor.square().sum()) / d

@@ -139,9 +139,9 @@ def chance(delta_h: Tensor, found: Explained, seed: int) -> tuple[float, float]:
     A random subspace has no preferred direction, so that only the energies of delta_h along its own directions matter.
     """
     d = found.shape[0]
-    width = max(1, round(float(found.ranks.mean())))
-    if width >= d:
-        return 0.0, 0.0
+    width = round(float(found.ranks.mean()))
+    if width in (0, d):
+        return 1 - width / d, 1 - width / d
     energies = leading(triangle(delta_h).factor(centre=False))[1]
     shares = []
     for number in range(DRAWS):

@@ -98,7 +98,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     subject.need(8, "directions and held-out ones")
     if not options.strengths or not all(0 < s <= 1 for s in options.strengths):
         raise GeomsslError(f"strengths {options.strengths}", "shares above 0, up to 1", reason="bad-value")
-    indices = subject.choose(options)
+    indices = subject.choose(options, least=8)
     notes: list[str] = []
     policy = subject.training_policy(notes)
     eps = torch.finfo(subject.dtype).eps
@@ -107,8 +107,8 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         view = None if transform is None else (transform, options.seed, number)
         return checks.matrix(subject.features(indices, "h", view=view), "features h")
 
-    checks.varied(subject.features(indices, "h"), "features h")
-    h = features(None)
+    h = checks.varied(subject.features(indices, "h"), "features h")
+    checks.matrix(subject.features(indices, "z"), "projector outputs")
     bench = _Bench(projector, h, options)
     at, two = bench.at(h), bench.two_views(features, policy, eps)
     if two.still:
@@ -137,7 +137,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
             notes.append(f"{line.name}: moves the features by no more than rounding; no generator.")
         else:
             fits.append(one)
-    r, d = max(1, round(at.rank)), h.shape[1]
+    r, d = round(at.rank), h.shape[1]
     sets = {(m.name, m.strength): m.v[bench.rows].T @ m.v[bench.rows] for m in moves if not m.still}
     sets |= {(f.line.name, -1.0): f.found.matrix @ f.found.matrix.T for f in fits}
     low, high = interval(random_shares(torch.stack(list(sets.values())), r, options.draws, options.seed), 0.95)
@@ -152,15 +152,15 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         statements(two, r, fits, columns, r / d, options.tau),
     ]
     local = None if bench.affine else len(bench.rows)
-    notes += remarks(two, moves, fits, r, bands, local) + subject.projector_remarks()
+    notes += checks.zeros(h, "h") + remarks(two, moves, fits, r, bands, local) + subject.projector_remarks()
+    passed = float((two.along + two.across).sum())
+    invariance = f"; {float(two.across.sum()) / passed:.1%} of what passes is seen by invariance" if passed > 0 else ""
     return Artifact(
         probe="kernel",
         title="Augmentations and the kernel of the projector",
         headline=(
             f"The projector lets {two.share:.1%} of the directions between two views through (random ones: {r / d:.1%}; "
-            f"the least possible at rank {r}: {least_share(two.v, r):.1%}); "
-            f"{float(two.across.sum() / (two.along + two.across).sum().clamp(min=1e-300)):.1%} of what passes is seen by "
-            "invariance."
+            f"the least possible at rank {r}: {least_share(two.v, r):.1%}){invariance}."
         ),
         definition=(
             "v_i = h_i(2) - h_i(1) for two views, h(T x_i) - h(x_i) for a part T of the policy alone. share = sum ||P v_i||^2 "

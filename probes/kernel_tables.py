@@ -176,7 +176,9 @@ def remarks(
 ) -> list[str]:
     notes = []
     n, d = two.v.shape
-    if r == d:
+    if r == 0:
+        notes.append("The projector gives all images one output: W is zero, its kernel is all of h, and nothing passes.")
+    elif r == d:
         notes.append(f"W has rank {d}, the width of h: its kernel is zero, and everything passes by construction.")
     elif two.share >= bands[two.name, 1.0][0]:
         notes.append("W lets no less of the augmentations through than random subspaces do: they are not in its kernel.")

@@ -124,7 +124,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     """Local maps, their ranks, what they leave unexplained of delta-h, and the regions that two views of every image hit."""
     projector = subject.need_projector("local")
     subject.need(4, "pairs of local maps")
-    indices = subject.choose(options)
+    indices = subject.choose(options, least=4)
     notes: list[str] = []
     policy = subject.training_policy(notes)
     h, z = (
@@ -146,7 +146,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
         notes.append("The projector bends everywhere, as with GELU or tanh: there are no regions, and every map is a tangent.")
     metrics = _metrics(found, options)
     metrics += _region_metrics(projector, h, hit, chosen, found, options.seed)
-    notes += _remarks(found, h1, chosen) + subject.projector_remarks()
+    notes += _remarks(found, h1, chosen) + checks.zeros(h1, "h(1)") + subject.projector_remarks()
     return Artifact(
         probe="local",
         title="The projector around each image",

@@ -19,6 +19,11 @@ ROWS = 1024
 CANDIDATES = 16
 
 
+def silent(z: Tensor, what: str) -> list[str]:
+    """A sentence for the notes where rows of projector outputs (n, p) are zero."""
+    return [f"{line[:-1]}, similar to nothing: their cosines count as 0." for line in checks.zeros(z, what)]
+
+
 def nearest_negatives(z1: Tensor, z2: Tensor) -> Tensor:
     """The most cosine-similar negative of every anchor z1_i, as an index into cat([z1, z2]).
 

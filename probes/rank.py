@@ -10,7 +10,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from geomssl.artifact import Artifact, Figure, Interval, Metric, Table
-from geomssl.probes import estimators, subject
+from geomssl.errors import GeomsslError
+from geomssl.probes import checks, estimators, subject
 from geomssl.probes.estimators import effective_rank, participation_ratio, rank, singular_values, stable_rank
 from geomssl.probes.halves import FEWEST, around, halves, mean
 from geomssl.probes.streaming import repeated, spectrum, triangle
@@ -72,7 +73,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     for layer in layers:
         values = subject.features(indices, layer).flatten(1)
         name = f"features {layer}"
-        found = spectrum(triangle(values), values.dtype)
+        found = spectrum(triangle(values, what=name), values.dtype)
         spectra[name] = found.sigma
         notes += _about_features(name, values, found.collapsed)
         shape = (len(values), values.shape[1])
@@ -118,9 +119,9 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
 
 def _about_features(name: str, values: Tensor, collapsed: bool) -> list[str]:
     n, d = values.shape
-    notes = []
+    notes = checks.zeros(values, name)
     if collapsed:
-        return [f"{name} are the same for all {n} images, up to rounding: they have collapsed to a point."]
+        return [*notes, f"{name} are the same for all {n} images, up to rounding: they have collapsed to a point."]
     if n <= d:
         notes.append(
             f"{name}: once centred, {n} images span at most {n - 1} of {d} dimensions; use more. A rank near {n - 1} says only "
@@ -150,7 +151,12 @@ def _lidar(
         subject.features(indices[draw], layer, view=(policy, options.seed, k + 1)).flatten(1)
         for k in range(options.views)
     ]
-    found = estimators.lidar(views, options.delta, options.lidar_eps)
+    try:
+        found = estimators.lidar(views, options.delta, options.lidar_eps)
+    except GeomsslError as error:
+        if error.reason != "degenerate":
+            raise
+        return [Metric(name, None, n, reason=str(error), unit="dimensions", about=about)]
     d = views[0].shape[1]
     drawn = []
     for number in range(min(options.halves, LIDAR_HALVES) if n >= FEWEST else 0):

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from geomssl.artifact import Artifact, Figure, Metric, Table
-from geomssl.probes import subject
+from geomssl.probes import checks, subject
 from geomssl.probes.estimators import PowerLaw, effective, power_law
 from geomssl.probes.halves import around, halves
 from geomssl.probes.streaming import spectrum, triangle
@@ -57,11 +57,15 @@ class _Found:
     def name(self) -> str:
         return f"{self.layer}_{self.data}".replace(", ", "_")
 
+    @property
+    def words(self) -> str:
+        return _words(self.layer, self.data)
+
 
 def probe(subject: subject.Subject, options: Options) -> Artifact:
     """Singular values of h and z on plain images and on one view of each, and of the encoder before training."""
     subject.need(4, "a spectrum")
-    indices = subject.choose(options)
+    indices = subject.choose(options, least=4)
     notes: list[str] = []
     view = (subject.training_policy(notes), options.seed, 1)
     wanted = [(subject, "h", data) for data in (PLAIN, VIEWS)]
@@ -76,6 +80,7 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     for owner, layer, data in track(wanted, "spectra"):
         features = owner.features(indices, layer, view=view if data.endswith(VIEWS) else None)  # type: ignore[arg-type]
         found.append(_one(features.flatten(1), layer, data, options))
+        notes += checks.zeros(features.flatten(1), found[-1].words)
     metrics = [metric for one in found for metric in _metrics(one, options, notes)]
     notes += _remarks(found, len(indices)) + subject.projector_remarks()
     how = "centred" if options.centre else "not centred"
@@ -109,8 +114,12 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     )
 
 
+def _words(layer: str, data: str) -> str:
+    return f"{layer} on {data} images" if data == PLAIN else f"{layer}, {data}"
+
+
 def _one(features: Tensor, layer: str, data: str, options: Options) -> _Found:
-    whole = spectrum(triangle(features), features.dtype, options.centre)
+    whole = spectrum(triangle(features, what=f"features {_words(layer, data)}"), features.dtype, options.centre)
     drawn = halves(features, options.halves, options.seed, "spectrum-halves")
     spread = [spectrum(half, features.dtype, options.centre).sigma for half in drawn]
     return _Found(layer, data, (len(features), features.shape[1]), whole.sigma, spread)
@@ -119,7 +128,7 @@ def _one(features: Tensor, layer: str, data: str, options: Options) -> _Found:
 def _metrics(one: _Found, options: Options, notes: list[str]) -> list[Metric]:
     """Effective rank, exponent with its fit, and condition number of one spectrum."""
     n, d = one.shape
-    what = f"{one.layer} on {one.data} images" if one.data == PLAIN else f"{one.layer}, {one.data}"
+    what = one.words
     most = min(n - 1, d)
     rank = effective(one.sigma)
     draws = [effective(half) for half in one.halves]
@@ -164,15 +173,15 @@ def _remarks(found: list[_Found], n: int) -> list[str]:
     for one in found:
         d = one.shape[1]
         zero = int((one.sigma == 0).sum())
-        if n <= d:
+        if not one.sigma[0] > 0:
+            notes.append(f"{one.words}: the same for all images, up to rounding: collapsed to a point.")
+        elif n <= d:
             notes.append(
                 f"{one.layer}: {n} images span at most {n - 1} of {d} dimensions once centred. What lies beyond is not seen, "
                 "and the tail falls because the images end: nothing can be said of the smallest singular values. Use more."
             )
-        elif not one.sigma[0] > 0:
-            notes.append(f"{one.layer}, {one.data}: the same for all images, up to rounding: collapsed to a point.")
         elif zero:
-            notes.append(f"{one.layer}, {one.data}: {zero} of {d} dimensions hold nothing above rounding.")
+            notes.append(f"{one.words}: {zero} of {d} dimensions {'holds' if zero == 1 else 'hold'} nothing above rounding.")
     return notes
 
 

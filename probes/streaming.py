@@ -32,10 +32,13 @@ class Triangle:
         self._rows = torch.zeros(0, 0, dtype=torch.float64)
         self._upper = False
 
-    def add(self, rows: Tensor) -> None:
-        """Take in rows (m, d), of any dtype. GeomsslError where they are not finite or of another width."""
+    def add(self, rows: Tensor, what: str = "features") -> None:
+        """Take in rows (m, d), of any dtype. GeomsslError where they are not finite or of another width.
+
+        what: their name in that error.
+        """
         if rows.dim() != 2 or rows.numel() == 0:
-            checks.matrix(rows, "features")
+            checks.matrix(rows, what)
         width = rows.shape[1]
         if self.count == 0:
             # about the first row, so that a large common offset costs no digits
@@ -53,8 +56,8 @@ class Triangle:
         self._fold(stacked)
         # what is not finite spreads to the factor, which is smaller to look at
         if not torch.isfinite(self._rows).all():
-            checks.matrix(rows, "features")
-            raise GeomsslError("features too large for float64", "numbers under 1e300", reason="not-finite")
+            checks.matrix(rows, what)
+            raise GeomsslError(f"{what} too large for float64", "numbers under 1e300", reason="not-finite")
         self.count += len(rows)
 
     def merge(self, other: Triangle) -> None:
@@ -118,19 +121,19 @@ def spectrum(rows: Triangle, dtype: torch.dtype, centre: bool = True) -> Spectru
     return Spectrum(torch.where(keep, sigma, 0.0), floor, collapsed)
 
 
-def triangle(features: Tensor, rows: Tensor | None = None) -> Triangle:
+def triangle(features: Tensor, rows: Tensor | None = None, what: str = "features") -> Triangle:
     """The factor of features (n, d), or of those rows, read block by block. Raises as Triangle.add does, or for no matrix."""
     if features.dim() != 2 or features.numel() == 0:
-        raise GeomsslError(f"features of shape {tuple(features.shape)}", "a matrix with at least one entry", reason="bad-shape")
+        raise GeomsslError(f"{what} of shape {tuple(features.shape)}", "a matrix with at least one entry", reason="bad-shape")
     found = Triangle()
     d = features.shape[1]
     size = max(2 * (d + 1), BYTES // (8 * (d + 1)))
     if rows is None:
         for block in features.split(size):
-            found.add(block)
+            found.add(block, what)
     else:
         for part in rows.split(size):
-            found.add(features[part])
+            found.add(features[part], what)
     return found
 
 

@@ -113,13 +113,13 @@ class Subject:
         names = self.source.classes
         return [str(names[label]) if label < len(names) else str(label) for label in labels.tolist()]
 
-    def choose(self, options: Options, part: Part = "own") -> Tensor:
-        """Sorted indices of the images to use: all of the split, or a seeded draw of options.n of them."""
+    def choose(self, options: Options, part: Part = "own", least: int = 2) -> Tensor:
+        """Sorted indices of the images to use: all of the split, or a seeded draw of options.n of them, `least` or more."""
         total = len(self._source(part))
         if options.n is None or options.n >= total:
             return torch.arange(total)
-        if options.n < 2:
-            raise GeomsslError(f"--n {options.n}", "at least 2 images", reason="too-few-images")
+        if options.n < least:
+            raise GeomsslError(f"--n {options.n}", f"at least {least} images", reason="too-few-images")
         return torch.randperm(total, generator=generator(options.seed, f"choose-{part}"))[: options.n].sort().values
 
     def images(self, indices: Tensor, part: Part = "own") -> Tensor:
@@ -152,9 +152,8 @@ class Subject:
     @torch.no_grad()
     def _run(self, indices: Tensor, layer: Layer, part: Part, view: tuple[Transform, int, int] | None) -> Tensor:
         if layer == "z":
-            projector = self.need_projector("features z")
             h = self.features(indices, "h", part, view)
-            return torch.cat([projector(chunk.to(self.device)).cpu() for chunk in h.split(self.batch_size)])
+            return torch.cat([self._projected(chunk).cpu() for chunk in h.split(self.batch_size)])
         params = None
         if view is not None:
             params = self.view_params(indices, part, view)
@@ -173,6 +172,23 @@ class Subject:
         if out is None:
             raise GeomsslError("no images", "at least one image", reason="too-few-images")
         return out
+
+    def _projected(self, h: Tensor) -> Tensor:
+        """z (n, p) of h (n, D); GeomsslError for a projector that takes no such h, or gives no such z."""
+        projector, expected = self.need_projector("features z"), f"a projector from h (n, {h.shape[-1]}) to z (n, p)"
+        try:
+            z = projector(h.to(self.device))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise GeomsslError(
+                f"a projector that cannot take h of shape {tuple(h.shape)}: {str(error).splitlines()[0]}", expected,
+                reason="bad-shape",
+            ) from error
+        if not isinstance(z, Tensor) or z.dim() != 2 or len(z) != len(h):
+            given = f"of shape {tuple(z.shape)}" if isinstance(z, Tensor) else f"of type {type(z).__name__}"
+            raise GeomsslError(f"projector outputs {given} for {len(h)} images", expected, reason="bad-shape")
+        return z
 
     def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Room for features: in memory, or in a temporary file where that would pass the limit."""

@@ -26,7 +26,7 @@ from geomssl.probes.explained import (
     unexplained_variance,
 )
 from geomssl.probes.halves import around, halves
-from geomssl.probes.negatives import nearest_negatives
+from geomssl.probes.negatives import nearest_negatives, silent
 from geomssl.probes.neighbours import (
     RESAMPLED,
     Neighbours,
@@ -70,11 +70,11 @@ def probe(subject: subject.Subject, options: Options) -> Artifact:
     """Unexplained variance of delta-h, distances and labels of the nearest negatives, on two views of every image."""
     projector = subject.need_projector("tangent")
     subject.need(4, "nearest negatives")
-    indices = subject.choose(options)
+    indices = subject.choose(options, least=4)
     notes: list[str] = []
     policy = subject.training_policy(notes)
     views = [(policy, options.seed, number) for number in (1, 2)]
-    h1, h2 = (checks.matrix(subject.features(indices, "h", view=view).flatten(1), "features h") for view in views)
+    h1, h2 = (checks.varied(subject.features(indices, "h", view=view).flatten(1), "features h") for view in views)
     z1, z2 = (checks.varied(subject.features(indices, "z", view=view), "projector outputs") for view in views)
     both = torch.cat([h1, h2])
     found = [everywhere(z1, z2)]
@@ -264,13 +264,7 @@ def _remarks(
     same = int((h1 == h2).all(dim=1).sum())
     if same == n:
         notes.append("Both views of every image have the same features: delta-h is h(1) - h*.")
-    empty = int((h1 == 0).all(dim=1).sum())
-    if empty:
-        notes.append(f"h is zero for {empty} images.")
-    silent = int((z1 == 0).all(dim=1).sum())
-    if silent:
-        notes.append(f"The projector gives zero for {silent} views; their similarity to others counts as 0.")
-    return notes
+    return notes + checks.zeros(h1, "h(1)") + silent(z1, "z(1)")
 
 
 def _headline(main: Explained, linear: bool, matches: list[Metric]) -> str:

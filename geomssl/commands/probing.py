@@ -19,7 +19,7 @@ from geomssl.registry import names, resolve
 
 SKIPPED = {
     "no-projector", "no-labels", "no-split", "no-forward-mode", "no-group", "no-exact-form", "too-wide", "too-few-images",
-    "no-target", "no-masks", "no-decoder", "unseen-class",
+    "no-target", "no-masks", "no-decoder", "unseen-class", "degenerate",
 }
 
 

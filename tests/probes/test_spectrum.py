@@ -104,14 +104,14 @@ def test_collapse_and_dead_dimensions_are_named(make_subject: Callable[..., Subj
     last.weight[0].zero_()
     last.bias[0] = -1.0
     found = probe(subject, Options())
-    assert any("h, plain: 1 of 12 dimensions hold nothing" in note for note in found.notes)
+    assert any("h on plain images: 1 of 12 dimensions holds nothing" in note for note in found.notes)
     assert found.metric("condition_h_plain").value is None
     subject = make_subject(n=60)
     subject.encoder.body[5].weight.zero_()
     found = probe(subject, Options())
     assert found.metric("effective_rank_h_plain").value == 0
     assert found.metric("alpha_h_plain").value is None
-    assert any("h, plain: the same for all images" in note for note in found.notes)
+    assert any("h on plain images: the same for all images" in note for note in found.notes)
 
 
 def test_without_projector_policy_or_twin(make_subject: Callable[..., Subject]) -> None:
