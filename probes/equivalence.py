@@ -376,31 +376,32 @@ def _curve(layers: list[dict[str, Any]]) -> Table:
     return Table("curve", "Cosine, layer by layer", {key: [values[k] for k in kept] for key, values in columns.items()})
 
 
-ABOUT: dict[str, tuple[str, str]] = {
-    "loss_a": ("", "A-SSL's loss"),
-    "loss_h": ("", "H-SSL's loss"),
-    "gap": ("", "loss_a - loss_h"),
-    "defect": ("", "what the backbone's defect explains of the gap"),
-    "rest": ("", "what it does not: BatchNorm and mode (in eval mode, the error of the integral)"),
-    "moved": ("", "||f(T_g x) - Gamma_g f(x)|| at g0 against the spread of f(x), statistics frozen"),
-    "gradient_cosine": ("", "cos(grad L_A, grad L_H) of all weights"),
-    "gradient_gap": ("", "||grad L_A - grad L_H|| / ||grad L_H||"),
+# what each figure is, and which way is nearer to an exact backbone
+ABOUT: dict[str, tuple[Literal["lower", "higher"] | None, str]] = {
+    "loss_a": (None, "A-SSL's loss"),
+    "loss_h": (None, "H-SSL's loss"),
+    "gap": (None, "loss_a - loss_h"),
+    "defect": (None, "what the backbone's defect explains of the gap"),
+    "rest": (None, "what it does not: BatchNorm and mode (in eval mode, the error of the integral)"),
+    "gradient_cosine": ("higher", "cos(grad L_A, grad L_H) of all weights"),
+    "gradient_gap": ("lower", "||grad L_A - grad L_H|| / ||grad L_H||"),
+    "moved": ("lower", "||f(T_g x) - Gamma_g f(x)|| at g0 against the spread of f(x), statistics frozen"),
 }
 
 
 def _metrics(mode: str, rows: list[dict[str, Any]], seed: int) -> list[Metric]:
     """Means over batches with their interval; names end in _eval in eval mode."""
     found = []
-    for name, (unit, about) in ABOUT.items():
+    for name, (better, about) in ABOUT.items():
         values = [row[name] for row in rows if row[name] is not None]
         label, text = name if mode == "train" else f"{name}_eval", f"{about}, {mode} mode"
         if not values:
-            found.append(Metric(label, None, reason="a gradient vanishes", unit=unit, about=text))
+            found.append(Metric(label, None, reason="a gradient vanishes", better=better, about=text))
             continue
         low, high = _interval(values, seed)
         interval = None if low is None or high is None else Interval(
             low, high, f"percentile bootstrap over {len(values)} batches, 95 %"
         )
         reason = None if interval else f"{len(values)} batches: too few for an interval over batches"
-        found.append(Metric(label, sum(values) / len(values), len(values), interval, reason, unit, about=text))
+        found.append(Metric(label, sum(values) / len(values), len(values), interval, reason, better=better, about=text))
     return found

@@ -245,6 +245,8 @@ def test_the_artifact_of_an_exact_backbone_says_so(measured):
     assert found.metric("gradient_cosine").value == pytest.approx(1, abs=1e-10)
     assert found.metric("gap").n == 5
     assert found.metric("gap").interval.low <= found.metric("gap").value <= found.metric("gap").interval.high
+    # what a report shows first: the gradients, and how far the backbone is from exact
+    assert [m.name for m in found.metrics if m.better][:3] == ["gradient_cosine", "gradient_gap", "moved"]
     layers = found.table("layers").columns
     assert layers["layer"][0] == "encoder.convs.0"
     assert "head.0" in layers["layer"]
