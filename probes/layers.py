@@ -86,7 +86,7 @@ def read(encoder: nn.Module, wanted: Sequence[str], image: Tensor) -> tuple[Read
 
     try:
         outputs, follower = follow(run, image)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         misfit(root, image, error)
         raise
     named = {name for name in wanted if name in BUILTIN} | {p for p in patterns if p in modules}

@@ -18,6 +18,7 @@ from geomssl.data.base import Source, Split
 from geomssl.encoders import for_images, foreign, wrap
 from geomssl.encoders.base import Encoder
 from geomssl.encoders.capture import Capture, submodule
+from geomssl.encoders.wrap import channels_of
 from geomssl.errors import GeomsslError
 from geomssl.probes.subject import Subject
 from geomssl.recipe import Recipe, build, refuse_strangers, seen
@@ -163,11 +164,11 @@ def from_factory(
 
 
 def _for_module(dataset: Mapping[str, Any], module: nn.Module) -> Mapping[str, Any]:
-    """The section with the channels of the module's first convolution, where it names rendered pictures and no channels."""
-    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is None or dataset.get("name") not in RENDERED or "channels" in dataset:
+    """The section with the channels that the module takes, where it names rendered pictures and no channels."""
+    taken = channels_of(module)
+    if dataset.get("name") not in RENDERED or "channels" in dataset or taken not in (1, 2, 3):
         return dataset
-    return {**dataset, "channels": first.in_channels} if first.in_channels in (1, 2, 3) else dataset
+    return {**dataset, "channels": taken}
 
 
 class Before(nn.Module):

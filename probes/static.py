@@ -267,7 +267,8 @@ class _Reader(Watch):
                 made, before=pad.before, after=pad.after, mode=pad.mode, size_in=pad.size_in, padded_by=pad.number
             )
         if made.name in ("conv2d", "conv_transpose2d"):
-            made = replace(made, asymmetry=asymmetry(named_arguments(made.name, args, kwargs)["weight"], self.places[-1][1]))
+            named = named_arguments(made.name, args, kwargs)
+            made = replace(made, asymmetry=asymmetry(named["weight"], int(named.get("groups") or 1)))
         return made
 
     def _position(self, name: str, args: Any) -> int | None:

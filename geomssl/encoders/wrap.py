@@ -34,13 +34,28 @@ def wrap(module: nn.Module, layer: str | None = None, in_channels: int = 3) -> E
     return Wrapped(module, layer, in_channels)
 
 
-def misfit(module: nn.Module, images: Tensor, error: RuntimeError) -> None:
-    """Turn the fault of a pass into one line where the module's first convolution takes images of other channels."""
-    first = next((m for m in module.modules() if isinstance(m, nn.Conv2d)), None)
-    if first is not None and first.in_channels != images.shape[1]:
+def channels_of(module: nn.Module) -> int | None:
+    """Channels of the images that a module takes: its own `in_channels`, or those of its first convolution (also escnn's)."""
+    own = getattr(module, "in_channels", None)
+    if isinstance(own, int):
+        return own
+    for inner in module.modules():
+        if isinstance(inner, nn.Conv2d):
+            return inner.in_channels
+        # layers of e2cnn and escnn
+        fields = getattr(getattr(inner, "in_type", None), "size", None)
+        if isinstance(fields, int):
+            return fields
+    return None
+
+
+def misfit(module: nn.Module, images: Tensor, error: Exception) -> None:
+    """Turn the fault of a pass into one line where the module takes images of other channels."""
+    taken = channels_of(module)
+    if taken is not None and taken != images.shape[1]:
         raise GeomsslError(
             f"images of {images.shape[1]} channels for {type(module).__name__}",
-            f"{first.in_channels}, as its first convolution takes: another data set (--dataset NAME), or another model",
+            f"{taken}, as its first convolution takes: another data set (--dataset NAME), or another model",
             reason="bad-images",
         ) from error
 
@@ -87,7 +102,7 @@ class Wrapped(Encoder):
         """What the module, or its layer, gives as it stands."""
         try:
             return self.module(images) if self._capture is None else self._capture.one(images)
-        except RuntimeError as error:
+        except (RuntimeError, AssertionError, ValueError) as error:
             misfit(self.module, images, error)
             raise
 

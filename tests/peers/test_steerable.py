@@ -6,6 +6,7 @@ import torch
 from geomssl.data.rendered import Fields
 from geomssl.encoders import GroupConv2d, wrap
 from geomssl.probes.equivariance import assert_equivariant, equivariance_error, equivariance_errors
+from geomssl.probes.filters import asymmetry
 from geomssl.transforms import CyclicRotations, Dihedral
 
 pytestmark = pytest.mark.peers
@@ -53,6 +54,22 @@ class TestTransforms:
             gap = (ours.act(field, torch.full((2, 1), float(k))) - theirs.view_as(field)).abs()
             # their rotation matrix is kept in half precision
             assert float(gap[..., inside].max()) < 0.01
+
+
+class TestFilters:
+    @pytest.mark.parametrize(("group", "moves"), [("c2", ["180°"]), ("c4", ["90°", "180°"]), ("c8", ["90°", "180°"]), ("d4", None)])
+    def test_the_reader_finds_the_ties_between_their_regular_fields(self, library, group, moves):
+        space = library.space(group)
+        fields = library.regular(space, 3)
+        for before, after in ((library.trivial(space, 2), fields), (fields, fields), (fields, library.trivial(space, 2))):
+            layer = library.conv(before, after, bias=False).eval()
+            found = asymmetry(layer.filter)
+            for move in moves or found:
+                assert found[move] < 1e-5
+            loose = layer.filter + 0.1 * torch.rand_like(layer.filter)
+            assert min(asymmetry(loose).values()) > 1e-3
+            if group == "c2":
+                assert found["90°"] > 0.05
 
 
 class TestNetworks:

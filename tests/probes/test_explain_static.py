@@ -8,6 +8,7 @@ from torch import nn
 
 from geomssl import encoders
 from geomssl.encoders.group_conv import GroupConv2d
+from geomssl.encoders.hermite import HermiteConv2d
 from geomssl.probes.breaks import breaks, exact, moves, sizes
 from geomssl.probes.filters import asymmetry
 from geomssl.probes.static import read
@@ -148,20 +149,33 @@ def test_what_the_rules_call_exact_under_wrapped_shifts_is_exact_and_nothing_els
     assert min(told.values()) > 30
 
 
-def test_group_convolutions_are_held_to_their_group_and_plain_ones_to_their_filters():
+def test_filters_that_are_tied_between_the_channels_of_regular_fields_are_found_in_any_order():
     with seeded(0, "test-static-group"):
         lift = GroupConv2d(1, 3, 3, Dihedral(4), lifting=True, padding=1).double()
         conv = GroupConv2d(3, 2, 3, Dihedral(4), padding=1).double()
         turns = GroupConv2d(3, 2, 3, C4, padding=1).double()
+        kept = HermiteConv2d(3, 5, 5, 3, "rotation", padding=2).double()
+        mixed = HermiteConv2d(3, 5, 5, 3, "rotation", padding=2, mixing="full").double()
         plain = nn.Conv2d(24, 16, 3).double()
     for layer in (lift, conv):
-        assert max(asymmetry(layer.filters(), layer).values()) < 1e-12
-    assert asymmetry(turns.filters(), turns)["90°"] < 1e-12
-    assert asymmetry(turns.filters(), turns)["mirror"] > 0.5
-    assert min(asymmetry(conv.filters()).values()) > 0.5
-    spoilt = conv.filters().clone()
-    spoilt[5, 7, 0, 1] += 1
-    assert asymmetry(spoilt, conv)["90°"] > 1e-2
+        assert max(asymmetry(layer.filters()).values()) < 1e-12
+    for layer, groups in ((turns, 1), (kept, 4), (mixed, 1)):
+        found = asymmetry(layer.filters(), groups)
+        assert max(found["90°"], found["180°"]) < 1e-6
+        assert found["mirror"] > 0.3
+        other = layer.filters()[torch.randperm(len(layer.filters()), generator=torch.Generator().manual_seed(1))]
+        assert asymmetry(other, groups)["90°"] > 0.1
+    # in two groups of channels a quarter turn would tear the groups apart, and a half turn would not
+    assert asymmetry(kept.filters(), 2)["90°"] > 0.1
+    assert asymmetry(kept.filters(), 2)["180°"] < 1e-6
+    # C2: filters and their half turns, nothing about a quarter of one
+    half = torch.stack([plain.weight, plain.weight.rot90(2, (2, 3))], dim=1).flatten(0, 1)
+    assert asymmetry(half)["180°"] < 1e-12
+    assert asymmetry(half)["90°"] > 0.5
+    for number in range(3):
+        spoilt = conv.filters().clone()
+        spoilt[5, 7, number, 1] += 1
+        assert asymmetry(spoilt)["90°"] > 1e-2
     assert min(asymmetry(plain.weight).values()) > 0.5
     assert asymmetry(symmetric(plain).weight) == pytest.approx({"90°": 0, "180°": 0, "mirror": 0}, abs=1e-12)
     ones = torch.ones(1, 1, 3, 3)
