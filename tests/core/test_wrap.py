@@ -1,5 +1,7 @@
 """wrap: maps, vectors and named layers of any module as an Encoder."""
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -131,8 +133,22 @@ def test_a_dictionary_is_refused_by_its_type():
         encoders.wrap(Dict())(X)
 
 
+class Typed(nn.Module):
+    """As a layer of e2cnn or escnn, which asserts the size of its input's type."""
+
+    def __init__(self):
+        super().__init__()
+        self.in_type = types.SimpleNamespace(size=3)
+
+    def forward(self, x):
+        assert x.shape[1] == self.in_type.size
+        return x
+
+
 def test_images_of_other_channels_are_one_line_and_other_faults_stay_faults():
     with pytest.raises(GeomsslError, match="images of 1 channels for Sequential; expected 3, as its first convolution takes"):
         encoders.wrap(nn.Sequential(nn.Conv2d(3, 4, 3)), in_channels=1)(torch.rand(2, 1, 8, 8))
+    with pytest.raises(GeomsslError, match="images of 1 channels for Typed; expected 3"):
+        encoders.wrap(Typed(), in_channels=1)(torch.rand(2, 1, 8, 8))
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         encoders.wrap(nn.Sequential(nn.Conv2d(1, 4, 3), nn.Linear(5, 2)), in_channels=1)(torch.rand(2, 1, 8, 8))
