@@ -66,6 +66,7 @@ class CORe50(Layout):
                 folder = base / f"s{session}" / f"o{number}"
                 frames = listed(folder, "C_*.png", f"the frames of objects o1 to o{OBJECTS} of each session")
                 first, second = (round(share * len(frames)) for share in shares)
+                found.like = frames[0]
                 part = {"train": frames[:first], "val": frames[first:second], "test": frames[second:]}[split]
                 for path in part[:: config.every]:
                     matched = NAME.fullmatch(path.name)

@@ -70,6 +70,7 @@ class Listing:
     """The files of one split with what is known of each; `parameters` say what the factors are.
 
     masks: a file a picture where the release names its pixels; levels: grey level -> index of `regions`, -1 for no name.
+    like: a picture of another split, whose shape an empty val has (val = 0).
     """
 
     paths: list[Path] = field(default_factory=list)
@@ -80,6 +81,7 @@ class Listing:
     masks: list[Path] = field(default_factory=list)
     regions: Sequence[str] = ()
     levels: Mapping[int, int] = field(default_factory=dict)
+    like: Path | None = None
 
     def add(self, path: Path, label: int, **factors: float) -> None:
         self.paths.append(path)
@@ -94,6 +96,7 @@ class Listing:
             [self.paths[i] for i in rows], [self.labels[i] for i in rows],
             {name: [values[i] for i in rows] for name, values in self.factors.items()}, self.classes, self.parameters,
             [self.masks[i] for i in rows] if self.masks else [], self.regions, self.levels,
+            self.paths[0] if self.paths else self.like,
         )
 
 
@@ -104,7 +107,10 @@ def read(name: str, split: Split, found: Listing, root: Path, config: OnDisk, ch
     A file that is no whole image is refused by name or skipped and counted, as `config.unreadable` says.
     """
     if not found.paths:
-        raise GeomsslError(f"no image in the {split} split of {root}", "at least one image", reason="too-few-images")
+        if split != "val" or found.like is None:
+            raise GeomsslError(f"no image in the {split} split of {root}", "at least one image", reason="too-few-images")
+        none = torch.empty((0, *Pixels([found.like], Decoding(config.size, channels), root).shape), dtype=torch.uint8)
+        return Resident(name, split, none, torch.empty(0, dtype=torch.long), found.classes)
     watch, pixels = Watch(found.paths), Pixels(found.paths, Decoding(config.size, channels), root)
     labels = torch.tensor(found.labels)
     # ids of objects and sequences are whole numbers that float32 holds up to 2^24

@@ -62,6 +62,7 @@ class ThreeDIEBench(Layout):
                 raise GeomsslError(f"no object in {base / synset}", "folders <object>/image_0.jpg", reason="bad-layout")
         for name in (f"{s}/{p.name}" for s in synsets for p in sorted((base / s).iterdir()) if p.is_dir()):
             numbers[name] = len(numbers)
+        found.like = base / next(iter(numbers)) / "image_0.jpg"
         for name in _objects(base, list(numbers), split, config):
             folder = base / name
             listed(folder, "image_*.jpg", "image_0.jpg and latent_0.npy to image_49.jpg and latent_49.npy of an object")

@@ -140,7 +140,7 @@ def terms(found: Prediction) -> dict[str, Tensor]:
 def _check(config: PredictionSettings, acting: bool, channels: int) -> None:
     name = getattr(config, "name", "predictive")
     if not (acting or config.categories or config.continuous):
-        given = f"{name} with policy {config.policy!r} on {channels} channels"
+        given = f"{name} with policy {config.policy!r} on {channels} channel{'s' if channels > 1 else ''}"
         raise GeomsslError(given, "a policy with parameters to predict, or factors", reason="bad-value")
     both = sorted(set(config.categories) & set(config.continuous))
     if both:

@@ -69,12 +69,12 @@ class SIE(Objective):
         drawn = policy(config.policy)
         _check(config)
         wanted = {name for word in config.known for name in PARTS[word]}
-        acting = drawn.active(channels)
+        acting, said = drawn.active(channels), f"{channels} channel{'s' if channels > 1 else ''}"
         for word in config.known:
             if not any(acting[i] for i in _columns(drawn, set(PARTS[word]))):
                 reach = "" if any(part.name in PARTS[word] for part in drawn.parts) else ", which has none"
                 raise GeomsslError(
-                    f"sie: known {word} under policy {config.policy!r} on {channels} channels{reach}",
+                    f"sie: known {word} under policy {config.policy!r} on {said}{reach}",
                     "a transformation of the policy that acts on the images", reason="bad-value",
                 )
         seen = torch.tensor([i for i in _columns(drawn, wanted) if acting[i]], dtype=torch.long)

@@ -118,6 +118,13 @@ def test_a_set_beyond_memory_is_the_same_on_disk(core50):
     assert mapped.parameters == resident.parameters
 
 
+def test_without_a_val_share_train_is_whole_and_val_is_empty(core50):
+    train, val = (data.load(f"core50:{core50}", split, val=0) for split in ("train", "val"))
+    assert len(train) == 2 * 50 * 5
+    assert (len(val), len(val.labels), val.size, val.channels) == (0, 0, train.size, train.channels)
+    assert tuple(val.images(torch.arange(0)).shape) == (0, 3, 4, 4)
+
+
 def test_tdw_reads_place_from_the_order_of_its_files(tmp_path, monkeypatch):
     monkeypatch.setattr(tdw, "AZIMUTHS", range(0, 360, 120))
     monkeypatch.setattr(tdw, "ELEVATIONS", range(10, 50, 20))
