@@ -10,16 +10,19 @@ from geomssl.cli import main
 from geomssl.config import read_toml
 from geomssl.data.base import Resident
 from geomssl.encoders import for_images
+from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
+from geomssl.objectives.hssl import HSSL
 from geomssl.recipe import build, installed, read
 from geomssl.seeding import seeded
+from geomssl.transforms import CyclicRotations
 
 FOUND = installed()
 CONTENT = {name: read_toml(path) for name, path in FOUND.items()}
 RULES = [name for name, content in CONTENT.items() if "rule" in content]
 SWEEPS = [name for name, content in CONTENT.items() if {"metrics", "seeds", "cell"} & content.keys()]
 RECIPES = [name for name in FOUND if name not in RULES + SWEEPS]
-SIDES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32)}
+SIDES = {"mnist": (1, 28), "fashion-mnist": (1, 28), "cifar10": (3, 32), "tiny-imagenet": (3, 64)}
 # Keller et al., Tables 1 and 2, top-1 %: A-SSL, H-SSL, frozen, supervised
 PAPER = {
     "mnist-rotation": (68.2, 70.3, 87.2, 99.4), "mnist-translation": (95.9, 96.0, 94.1, 99.2),
@@ -28,6 +31,20 @@ PAPER = {
     "tiny-rotation": (14.9, 13.5, 6.1, 22.5), "tiny-scale": (16.2, 14.0, 6.4, 23.7),
     "mnist-mlp": (87.6, 58.2, 83.0, 98.6), "mnist-cnn6": (95.2, 87.2, 87.2, 99.3), "cifar10-cnn6": (53.6, 37.5, 43.6, 67.9),
 }
+
+
+class Shaped(Encoder):
+    """What an objective asks of an encoder before a pass: its group and the shape of its fibres (C, G, H, W)."""
+
+    def __init__(self, c, g, h, w, group):
+        super().__init__()
+        self.dim, self.group, self.shape = c, group, (c, g, h, w)
+
+    def fibres(self, images):
+        raise NotImplementedError
+
+    def pool(self, fibres):
+        raise NotImplementedError
 
 
 def test_every_kind_is_there():
@@ -94,11 +111,11 @@ def test_full_size_recipes_are_the_papers(row):
     assert chosen.objective.projector == ((128, 128, 128) if mnist else (512, 2048, 512))
 
 
-@pytest.mark.parametrize("row", ["mnist-rotation-small", "mnist-translation-small", "mnist-scale-small", "mnist-mlp-small"])
+@pytest.mark.parametrize("row", PAPER)
 def test_an_encoder_gives_the_fibres_that_its_objective_picks_from(row):
     """One loss of each small recipe, with positives of both kinds, on noise."""
     for positives in ("fibres", "inputs"):
-        chosen = build([read(f"hssl/{row}"), {"objective": {"positives": positives}}], row)
+        chosen = build([read(f"hssl/{row}-small"), {"objective": {"positives": positives}}], row)
         channels, side = SIDES[chosen.dataset.name]
         learner = training.initialise(chosen, channels, side, 10)
         images = torch.randint(0, 256, (8, channels, side, side), dtype=torch.uint8)
@@ -107,6 +124,38 @@ def test_an_encoder_gives_the_fibres_that_its_objective_picks_from(row):
         losses, _, _ = learner(batch)
         assert losses.total.isfinite()
         losses.total.backward()
+
+
+# z (C, G, H, W) of the paper's networks, by row
+FULL = {
+    "mnist-rotation": (128, 4, 8, 8), "mnist-translation": (128, 1, 8, 8), "mnist-scale": (128, 6, 8, 8),
+    "cifar10-rotation": (512, 4, 7, 7), "cifar10-translation": (512, 1, 7, 7), "cifar10-scale": (512, 6, 7, 7),
+    "tiny-rotation": (512, 4, 4, 4), "tiny-scale": (512, 6, 4, 4),
+    "mnist-mlp": (128, 1, 4, 4), "mnist-cnn6": (128, 6, 8, 8), "cifar10-cnn6": (512, 6, 7, 7),
+}
+
+
+@pytest.mark.parametrize("row", PAPER)
+def test_a_full_size_network_has_the_papers_fibres(row):
+    chosen = build([read(f"hssl/{row}")], row)
+    channels, side = SIDES[chosen.dataset.name]
+    with torch.device("meta"):
+        encoder = for_images(chosen.encoder, channels, side)
+        assert encoder.fibres(torch.rand(2, channels, side, side)).shape == (2, *FULL[row])
+        assert encoder.dim == FULL[row][0]
+
+
+@pytest.mark.parametrize("name", ["fig2-base", "fig2-distance"])
+def test_every_full_size_point_has_places_and_pairs_in_those_fibres(name, tmp_path):
+    """Bundles of |g0| fibres with more than one place to be, and pairs of different places."""
+    for unit in sweep.plan(FOUND[f"hssl/{name}"], tmp_path).units:
+        config = unit.recipe.objective
+        encoder = Shaped(*FULL[f"cifar10-{config.group}"], CyclicRotations(4) if config.group == "rotation" else None)
+        space = HSSL(config, encoder, 0, 3).space(encoder, (2, *encoder.shape), torch.device("cpu"))
+        assert space.bundles.shape == (len(space), config.fibres)
+        assert len(space) > 1
+        if config.distance is not None:
+            assert len(space) < int(space.allowed[0][-1]) <= len(space) ** 2
 
 
 def test_the_controls_keep_the_size_of_their_output():
