@@ -145,7 +145,7 @@ def plan(path: Path, out: Path, only: Sequence[str] = ()) -> Plan:
             beside = path.parent / chosen
             read[chosen] = recipe.read(beside if beside.is_file() else chosen)
         layers = (read[chosen], sweep.set, cell.set)
-        built = recipe.build(layers, f"{where}: cell {cell.name}")
+        built = _built(layers, f"{where}: cell {cell.name}")
         for seed in sweep.seeds:
             own = built.model_copy(update={"seed": seed})
             units.append(Unit(cell.name, seed, out / f"{cell.name}-s{seed}.pt", own, (*layers, {"seed": seed})))
@@ -169,6 +169,16 @@ def plan(path: Path, out: Path, only: Sequence[str] = ()) -> Plan:
             if metric not in sweep.metrics:
                 raise unknown(f"metric in compare of {where}", metric, sweep.metrics)
     return Plan(sweep, units, [name for name in found if not only or name in only], probes, paper)
+
+
+def _built(layers: Sequence[Mapping[str, Any]], where: str) -> Recipe:
+    """The recipe of a cell; what is wrong with it says which cell it is, also where a setting's own check found it."""
+    try:
+        return recipe.build(layers, where)
+    except GeomsslError as error:
+        if where in error.given:
+            raise
+        raise GeomsslError(f"{where}: {error.given}", error.expected, error.nearest, reason=error.reason) from None
 
 
 def _due(metric: str, built: Recipe, where: str) -> None:

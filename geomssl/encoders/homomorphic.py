@@ -166,6 +166,7 @@ class Homomorphic(Encoder):
     def __init__(self, in_channels: int, config: HomomorphicSettings, size: int | None, width: int) -> None:
         super().__init__()
         self.in_channels, self.dim, self.size, self.structure = in_channels, width, size, config.group
+        self._named = str(type(config).model_fields["name"].default)
         self.family: Family = (
             Free(config.fibres, config.mixing, config.kernel_size)
             if config.group == "none"
@@ -201,8 +202,8 @@ class Homomorphic(Encoder):
         if not self.grids_turn(size):
             good = min((s for s in range(2, 2 * size + 32) if self.grids_turn(s)), key=lambda s: (abs(s - size), s))
             warnings.warn(
-                f"{type(self).__name__} at {size}x{size} is not exact under quarter turns: strides do not divide its maps; "
-                f"the nearest exact size is {good} (size={good})", GeomsslNote, stacklevel=2,
+                f"encoder {self._named} at {size}x{size} is not exact under quarter turns: strides do not divide its maps; "
+                f"the nearest exact size is {good} (encoder.size={good})", GeomsslNote, stacklevel=2,
             )
 
 

@@ -315,8 +315,8 @@ def test_the_command_line_says_an_inexact_size_once_and_in_its_own_words(capsys)
         with pytest.warns(UserWarning, match="another"):
             warnings.warn("another", stacklevel=1)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("geomssl: note: HSSLMNIST at 28x28 is not exact under quarter turns")
-    assert line.endswith("(size=29)")
+    assert line.startswith("geomssl: note: encoder hssl-mnist at 28x28 is not exact under quarter turns")
+    assert line.endswith("(encoder.size=29)")
 
 
 @pytest.mark.parametrize("name", SMALL)

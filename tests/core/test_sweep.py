@@ -151,6 +151,7 @@ def test_cells_times_grid(tmp_path):
         ("margin = 0.2", "margn = 0.2", "compare 1: unknown key 'margn'; .*did you mean 'margin'"),
         ("margin = 0.2", "margin = -1", "margin = -1; expected greater than 0"),
         ("lr = 0.3", "rl = 0.3", "cell b: optim: unknown key 'rl'; .*did you mean 'lr'"),
+        ("optim = {lr = 0.3}", 'objective = {name = "hssl", distance = 0}', "cell b: objective hssl: distance = 0, or less"),
         ('a = "a"', 'a = "aa"', "unknown cell in compare of .* 'aa'; .*did you mean 'a'"),
         ('metric = "train.online_val_accuracy"', 'metric = "train.loss"', "unknown metric in compare"),
         ('"rank.effective_rank_h" = 9.0', '"rank.rank" = 9.0', "unknown metric of cell a's paper"),
