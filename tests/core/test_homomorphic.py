@@ -190,6 +190,7 @@ def test_a_fibre_of_the_scale_network_is_the_network_of_that_scale():
                     stride = 2 if stage and not index else 1
                     a = norm(block.bn1, y)
                     skip = y if block.downsample is None else conv(block.downsample, a, stride)
+                    assert block.downsample is None or block.downsample.kernel_size == 1
                     assert (block.downsample is None) == (index > 0 or block.conv1.in_channels == block.conv1.out_channels)
                     y = conv(block.conv2, norm(block.bn2, conv(block.conv1, a, stride))) + skip
             assert torch.allclose(z[:, :, s], y, rtol=1e-10, atol=1e-12)

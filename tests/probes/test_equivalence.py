@@ -9,7 +9,7 @@ from geomssl.encoders.base import Encoder
 from geomssl.encoders.group_conv import GroupConv2d
 from geomssl.errors import GeomsslError
 from geomssl.objectives.hssl import HSSL
-from geomssl.probes.equivalence import Options, compare, explained, probe, untouched
+from geomssl.probes.equivalence import Options, _frozen, compare, explained, probe, untouched
 from geomssl.probes.equivalence import bundles as bundles_of
 from geomssl.seeding import seeded
 from geomssl.transforms.groups import CyclicRotations, Dihedral
@@ -177,6 +177,17 @@ def test_norms_alone_make_a_rest_and_no_defect():
     found = compare(objective, encoder, images, draw, "train")
     assert abs(found.rest) > 1e-3
     assert compare(objective, encoder, images, draw, "eval").gap == pytest.approx(0, abs=1e-10)
+
+
+def test_frozen_statistics_are_those_of_the_images_in_train_mode():
+    """Of every layer at once: the un-augmented pass gives what it gives in training, so the path starts at h."""
+    _, encoder, images, _ = case(c4)
+    with untouched(encoder), torch.no_grad():
+        expected = encoder.train().fibres(images)
+        with _frozen(encoder, images):
+            assert not encoder.training
+            torch.testing.assert_close(encoder.fibres(images), expected, rtol=1e-12, atol=1e-12)
+            assert not torch.allclose(encoder.fibres(images[:4]), encoder.train().fibres(images[:4]))
 
 
 @pytest.mark.parametrize("name", BROKEN)
