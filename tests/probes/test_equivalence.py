@@ -89,6 +89,11 @@ def c4():
     return build("c4-cnn", in_channels=1, widths=(3, 4, 6))
 
 
+def homomorphic(name, widths, **options):
+    """A backbone of the paper over quarter turns; images of 8 x 8 are resampled to 9, which turns exactly."""
+    return build(name, in_channels=1, widths=widths, size=9, kernel_size=3, **options)
+
+
 def case(make, n=12, size=8, **settings):
     """An encoder with statistics that are not the identity, an objective on it, images and draws, in float64."""
     with seeded(0, "case"):
@@ -112,6 +117,10 @@ EXACT = {
     "rotation, bilinear": (c4, {"critic": "bilinear", "beta": 2.0, "denominator": "nt-xent"}),
     "rotation, simsiam": (c4, {"method": "simsiam", "predictor": 6}),
     "translation, a patch": (Shifting, {"group": "translation", "size": 12, "base": 2, "base_counts": "side"}),
+    "hssl-mnist": (lambda: homomorphic("hssl-mnist", (3, 4, 5)), {"base": 2}),
+    "hssl-cifar10, full mixing": (
+        lambda: homomorphic("hssl-cifar10", (3, 4, 5), stem=(2, 3), blocks=(1, 1, 1), mixing="full"), {"input_norm": True},
+    ),
     "p4": (Turning, {"group": "p4", "size": 12}),
     "p4, even maps, a patch, a bound": (
         Turning, {"group": "p4", "size": 8, "base": 6, "distance": 2, "metric": "group", "invariance": "right"},
