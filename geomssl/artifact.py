@@ -80,7 +80,7 @@ class Figure:
 
     kind: "line" | "bar" | "scatter" draw columns x, y of `table`, one mark or line for every value of `series`, with
     bars from `low` to `high`. "image" shows the PNG `file`. A scatter may name a `sprite`: a PNG of square tiles,
-    `sprite_columns` in a row, tile i belonging to row i of the table.
+    `sprite_columns` in a row, tile i belonging to row i of the table; with `diagonal` the line y = x is drawn under it.
     """
 
     name: str
@@ -100,6 +100,7 @@ class Figure:
     file: str | None = None
     sprite: str | None = None
     sprite_columns: int = 0
+    diagonal: bool = False
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,8 @@ def scatter(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -
     axes.update_datalim([(a, b) for a, b in zip(x, y, strict=True) if math.isfinite(a) and math.isfinite(b)])
     axes.autoscale_view()
     axes.margins(0.04)
+    if figure.diagonal:
+        axes.axline((0, 0), slope=1, color=LIGHT["muted"], linestyle="--", linewidth=1)
     holder = Rectangle((0, 0), 0, 0, transform=axes.transAxes, gid="points")
     holder.set_in_layout(False)
     axes.add_artist(holder)

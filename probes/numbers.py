@@ -165,8 +165,9 @@ def artifact(
             ),
             Figure(
                 "predicted", "scatter", f"{parameter.name}, predicted against true",
-                f"Test images ({min(n, POINTS)} of {n}), from the encoder's features. On the diagonal all is read.",
+                f"Test images ({min(n, POINTS)} of {n}), from the encoder's features. On the dashed line all is read.",
                 "predicted", "true", "predicted", x_label=_axis("true", parameter), y_label=_axis("predicted", parameter),
+                diagonal=True,
             ),
         ],
         notes=notes, options=options.model_dump(mode="json"), provenance=subject.provenance,

@@ -320,8 +320,9 @@ def _scatters(targets: list[Target], n: int) -> list[Figure]:
         unit = " (degrees of its period)" if t.kind == "angle" else f" ({t.unit})" if t.unit else ""
         found.append(Figure(
             f"predicted_{t.name}", "scatter", f"{t.name}, predicted against true",
-            f"Test pairs ({min(n, POINTS)} of {n}), from the encoder's features. On the diagonal all is read.", "predicted",
+            f"Test pairs ({min(n, POINTS)} of {n}), from the encoder's features. On the dashed line all is read.", "predicted",
             f"true {t.name}", f"predicted {t.name}", x_label=f"true {t.name}{unit}", y_label=f"predicted {t.name}{unit}",
+            diagonal=True,
         ))
     return found
 

@@ -274,3 +274,20 @@ def test_moments_of_a_run_share_its_style_and_widen_with_the_step():
     assert {s.label: (s.style, s.width) for s in plain}["b"] == (0, None)
     assert all(s.width is None for s in plain)
     assert len(plain) == 6
+
+
+def test_the_diagonal_is_where_both_axes_agree():
+    """A dashed line in the units of the axes; without it the drawing is what it was."""
+    table = Table("t", "", {"x": [0.0, 10.0, 4.0], "y": [2.0, 9.0, 4.0]})
+    plain = Figure("f", "scatter", "t", table="t", x="x", y="y")
+    with_line = figures.draw(dataclasses.replace(plain, diagonal=True), table, prefix="f")
+    dashed = [path for path in ET.fromstring(with_line).iter(f"{SVG}path") if "dasharray" in (path.get("style") or "")]
+    assert len(dashed) == 1
+    assert "dasharray" not in figures.draw(plain, table, prefix="f")
+    (x0, y0), (x1, y1) = [tuple(map(float, at)) for at in re.findall(r"[ML] (\S+) (\S+)", dashed[0].get("d"))]
+    place = {row: (float(x), float(y)) for x, y, row in re.findall(r'x="(\S+)" y="(\S+)" data-row="(\d)"', with_line)}
+    # row 2 is the one with x = y
+    across, up = place["2"]
+    assert (across - x0) * (y1 - y0) == pytest.approx((up - y0) * (x1 - x0), abs=0.2 * (abs(x1 - x0) + abs(y1 - y0)))
+    away, above = place["0"]
+    assert above < y0 + (y1 - y0) * (away - x0) / (x1 - x0) - 1, "y = 2 at x = 0 lies above the line"
