@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from geomssl.artifact import Figure, Table
 
 LABEL_LIMIT = 40
+# How far from its median, in shares of the axes, a cloud's point counts as near.
+NEAR = 0.12
 
 
 def lines(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -> list[Any]:
@@ -67,7 +69,10 @@ def bars(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -> l
 
 
 def scatter(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -> list[Any]:
-    """Axes, a placeholder for the points and the name of each cloud at its median; `_points` writes the points."""
+    """Axes, a placeholder for the points and the name of each cloud at its median; `points_of` writes the points.
+
+    A cloud has a name where half of its points are near the median: elsewhere the name would stand among other points.
+    """
     from matplotlib.lines import Line2D
     from matplotlib.patches import Rectangle
 
@@ -82,9 +87,11 @@ def scatter(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -
     axes.add_artist(holder)
     for one in series if 1 < len(series) <= LABEL_LIMIT else ():
         inside = [r for r in one.rows if math.isfinite(x[r]) and math.isfinite(y[r])]
-        if inside:
-            axes.text(_median([x[r] for r in inside]), _median([y[r] for r in inside]), short(one.label, 14),
-                      ha="center", va="center", fontsize=13, fontweight="bold", gid="cloud-label", clip_on=True)
+        middle = [_median([values[r] for r in inside]) for values in (x, y)] if inside else []
+        near = [all(abs(v[r] - m) <= NEAR * _span(v) for v, m in zip((x, y), middle, strict=True)) for r in inside]
+        if 2 * sum(near) > len(near):
+            axes.text(*middle, short(one.label, 14), ha="center", va="center", fontsize=13, fontweight="bold",
+                      gid="cloud-label", clip_on=True)
     return [
         Line2D([], [], linestyle="none", marker=MARKERS[s.style % len(SHAPES)], color=colour(s.style), markersize=6)
         for s in series
@@ -148,6 +155,11 @@ def _whiskers(y: Sequence[float], low: Sequence[float], high: Sequence[float]) -
         [max(0.0, a - b) if math.isfinite(b) else 0.0 for a, b in zip(y, low, strict=True)],
         [max(0.0, b - a) if math.isfinite(b) else 0.0 for a, b in zip(y, high, strict=True)],
     ]
+
+
+def _span(values: Sequence[float]) -> float:
+    finite = [v for v in values if math.isfinite(v)]
+    return max(finite) - min(finite)
 
 
 def _median(values: Sequence[float]) -> float:

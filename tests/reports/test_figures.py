@@ -291,3 +291,12 @@ def test_the_diagonal_is_where_both_axes_agree():
     assert (across - x0) * (y1 - y0) == pytest.approx((up - y0) * (x1 - x0), abs=0.2 * (abs(x1 - x0) + abs(y1 - y0)))
     away, above = place["0"]
     assert above < y0 + (y1 - y0) * (away - x0) / (x1 - x0) - 1, "y = 2 at x = 0 lies above the line"
+
+
+def test_a_cloud_is_named_where_it_is_one_and_not_where_its_points_are_everywhere():
+    near = [0.0, 0.1, 0.2, 0.1] * 5
+    far = [0.0, 10.0, 4.0, 7.0, 1.0] * 4
+    table = Table("t", "", {"x": near + far, "y": near + far[::-1], "s": ["cloud"] * 20 + ["dust"] * 20})
+    svg = figures.draw(Figure("f", "scatter", "t", table="t", x="x", y="y", series="s"), table)
+    assert texts(svg).count("cloud") == 2, "in the legend and on the cloud"
+    assert texts(svg).count("dust") == 1
