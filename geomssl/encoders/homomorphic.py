@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from geomssl.encoders.base import Encoder, InputSettings, Normalise
 from geomssl.encoders.cnn import admit
 from geomssl.encoders.hermite import HermiteConv2d, channels_first, fibres_first
-from geomssl.encoders.residual import Family, PreactivationBlock, windows_turn
-from geomssl.errors import GeomsslError, GeomsslNote
+from geomssl.encoders.residual import Family, PreactivationBlock, note_inexact, windows_turn
+from geomssl.errors import GeomsslError
 from geomssl.transforms.base import Group
 from geomssl.transforms.groups import CyclicRotations, Scales
 
@@ -196,15 +195,8 @@ class Homomorphic(Encoder):
         return F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False, antialias=shrinks)
 
     def _say(self, size: int) -> None:
-        if self._said or self.structure != "rotation":
-            return
-        self._said = True
-        if not self.grids_turn(size):
-            good = min((s for s in range(2, 2 * size + 32) if self.grids_turn(s)), key=lambda s: (abs(s - size), s))
-            warnings.warn(
-                f"encoder {self._named} at {size}x{size} is not exact under quarter turns: strides do not divide its maps; "
-                f"the nearest exact size is {good} (encoder.size={good})", GeomsslNote, stacklevel=2,
-            )
+        if not self._said and self.structure == "rotation":
+            self._said = note_inexact(self._named, size, self.grids_turn, "encoder.size={good}")
 
 
 class HSSLMNIST(Homomorphic):

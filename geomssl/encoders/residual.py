@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from geomssl.encoders.base import Encoder, InputSettings, Normalise
 from geomssl.encoders.cnn import admit, coordinate_channels, halve
 from geomssl.encoders.group_conv import GroupConv2d
-from geomssl.errors import GeomsslError
+from geomssl.errors import GeomsslError, GeomsslNote
 from geomssl.transforms.base import Group
 from geomssl.transforms.groups import CyclicRotations
 
@@ -158,6 +159,7 @@ class ResNet(Encoder):
         super().__init__()
         self.in_channels, self.dim, self.group = in_channels, widths[-1], family.group
         self.family, self.coordinates, self.downsampling = family, coordinates, downsample
+        self._named, self._said = str(type(config).model_fields["name"].default), False
         self.normalise = Normalise.of(config, in_channels)
         self.kernel, self.stride, self.padding, self.max_pools = STEMS[config.stem]
         halving = downsample == "halve"
@@ -180,6 +182,9 @@ class ResNet(Encoder):
 
     def fibres(self, images: Tensor) -> Tensor:
         maps = self.normalise(admit(images, self.in_channels))
+        if self.group is not None and not self._said:
+            remedy = "or downsample = halve, exact at every size"
+            self._said = note_inexact(self._named, min(images.shape[2:]), self.grids_turn, remedy)
         if self.coordinates:
             maps = torch.cat([maps, coordinate_channels(maps)], dim=1)
         halving = self.downsampling == "halve"
@@ -259,6 +264,18 @@ class C4ResNet18(ResNet):
 def max_pool(maps: Tensor, stride: int) -> Tensor:
     """Maximum over 3x3 windows of (N, ..., H, W), padded by one pixel."""
     return F.max_pool2d(maps.flatten(1, -3), 3, stride, 1).unflatten(1, maps.shape[1:-2])
+
+
+def note_inexact(called: str, size: int, turns: Callable[[int], bool], remedy: str) -> bool:
+    """Note that images of this side break quarter turns, with the nearest side that does not. Whether it was said."""
+    if turns(size):
+        return False
+    good = min((s for s in range(2, 2 * size + 32) if turns(s)), key=lambda s: (abs(s - size), s))
+    warnings.warn(
+        f"encoder {called} at {size}x{size} is not exact under quarter turns: strides do not divide its maps; "
+        f"the nearest exact size is {good} ({remedy.format(good=good)})", GeomsslNote, stacklevel=3,
+    )
+    return True
 
 
 def windows_turn(size: int, windows: Sequence[tuple[int, int, int]]) -> bool:

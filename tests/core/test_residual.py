@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from geomssl import encoders
-from geomssl.errors import GeomsslError
+from geomssl.errors import GeomsslError, GeomsslNote
 from geomssl.transforms.groups import CyclicRotations
 
 C4 = CyclicRotations(4)
@@ -159,6 +159,7 @@ def test_the_twin_is_exact_under_quarter_turns_at_every_size(size, stem, state):
     assert min(turned(encoder, size, g, wrong=True) for g in (1, 3)) > 0.3
 
 
+@pytest.mark.filterwarnings("ignore::geomssl.errors.GeomsslNote")
 @pytest.mark.parametrize(
     ("stem", "exact", "inexact"),
     [("small", (9, 25, 33), (32, 28, 29)), ("small-pad2", (7, 31), (9, 32)), ("imagenet", (33, 65), (32, 41))],
@@ -169,6 +170,17 @@ def test_the_strided_twin_is_exact_where_it_says(stem, exact, inexact):
         assert encoder.grids_turn(size) == (size in exact)
         defect = turned(encoder, size)
         assert defect < 1e-11 if size in exact else defect > 0.01, (size, defect)
+
+
+def test_a_size_that_breaks_turns_is_said_once_with_the_nearest_that_does_not():
+    """A second note, or one at an exact size, is an error here."""
+    encoder = small(downsample="stride").eval()
+    encoder(images(33))
+    with pytest.warns(GeomsslNote, match="c4-resnet18 at 32x32 is not exact .* nearest exact size is 33 .*downsample = halve"):
+        encoder(images(32))
+    encoder(images(32))
+    small().eval()(images(32))
+    small("resnet18").eval()(images(32))
 
 
 def test_the_strided_rule_is_one_modulo_the_total_stride():
