@@ -64,7 +64,7 @@ def _course(group: Sequence[Artifact], drawn: dict[str, list[str]], most: int, o
     metrics = [m for m in last.metrics if any(_find(one, m.name) for one in group[:-1])]
     named = [m.name for m in metrics]
     rows = [
-        (name, one.step, one.provenance.get("epoch"), found.value, found.interval)
+        (name, one.step, one.provenance.get("epoch"), found.value, found.interval, found.n)
         for name in named for one in group if (found := _find(one, name)) is not None
     ]
     table = Table(
@@ -76,17 +76,21 @@ def _course(group: Sequence[Artifact], drawn: dict[str, list[str]], most: int, o
             "value": [None if r[3] is None else float(r[3]) for r in rows],
             "low": [r[4].low if r[4] else None for r in rows],
             "high": [r[4].high if r[4] else None for r in rows],
+            "n": [r[5] for r in rows],
         },
-        "low, high: the interval of each figure by itself, where it has one.",
+        "low, high: the interval of each figure by itself, where it has one. n: what it rests on.",
     )
     tables, figures = [table], []
     for number, (unit, some) in enumerate(drawn.items()):
         left = len(some) - len(some[:most])
         name = f"{last.probe}-{number + 1}"
         tables.append(Table(name, f"{last.title} over training", _rows(table, some[:most])))
-        more = f" {left} further metrics stand in the table of all." if left else ""
+        more = f" {left} further metric{' stands' if left == 1 else 's stand'} in the table of all." if left else ""
+        sizes = {n for key, n in zip(table.columns["metric"], table.columns["n"], strict=True) if key in some[:most] and n}
+        count = f", n = {sizes.pop()}" if len(sizes) == 1 else ""
+        caption = f"At {len(group)} steps{count}; step 0 is the initialisation. Bars: intervals, where there are some.{more}"
         figures.append(Figure(
-            name, "line", f"{last.title} over training", f"At {len(group)} steps; step 0 is the initialisation.{more}",
+            name, "line", f"{last.title} over training", caption,
             name, "step", "value", METRIC, "low", "high", x_label="step", y_label=unit or "value",
         ))
     return dataclasses.replace(

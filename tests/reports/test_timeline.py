@@ -31,6 +31,8 @@ def test_every_metric_has_a_row_for_every_step_in_order() -> None:
     assert columns["epoch"] == [0, 1, 2] * 2
     assert columns["value"] == [1.0, 2.0, 3.0, 0.5, None, 0.5]
     assert columns["low"] == [0.0, 1.0, 2.0, -0.5, None, -0.5]
+    assert columns["n"] == [10] * 6
+    assert "At 3 steps, n = 10; step 0" in course.figures[0].caption
     assert course.headline == "rank: rank h goes from 1.00 at step 0 to 3.00 at step 20."
     # share never moves: a line that says nothing is not drawn
     assert [f.y_label for f in course.figures] == ["dimensions"]
@@ -71,7 +73,9 @@ def test_many_metrics_fill_the_table_and_not_the_figure() -> None:
     (figure,) = course.figures
     assert len(set(course.table(figure.table).columns["metric"])) == timeline.LINES
     assert len(set(course.table("course").columns["metric"])) == 12
-    assert "4 further metrics" in figure.caption
+    assert "4 further metrics stand in" in figure.caption
+    most = timeline.courses([at(s, **{f"rank_{i}": float(s + i) for i in range(timeline.LINES + 1)}) for s in (0, 4)])
+    assert "1 further metric stands in" in most[0].figures[0].caption
 
 
 def test_the_page_has_the_section_and_leaves_the_middle_steps_to_it() -> None:
