@@ -28,7 +28,7 @@ class Space:
                None where factors of scale are not known.
     product:   long (P, P), p q, and inverse, long (P,), where the places are a whole group; else None. Of a torus None too:
                there `grid` says how to add.
-    grid:      (H, W) of a torus or of a plane, else None.
+    grid:      (H, W) of a map, where the places lie on one, else None.
     turns:     long (P, 3): the index of the turn about the centre of the map, and the shift (dy, dx) after it, that each
                element is made of; of turns and shifts together alone, see `p4`.
     allowed:   the pairs of positives, see `bounded`; None: every pair.
@@ -180,7 +180,8 @@ def p4(group: PointGroup, side: int, base: int, invariance: Invariance = "left")
     at = over[start // order]
     patches = start % order * pixels + at[:, 0] * side + at[:, 1]
     turns = torch.cat([k[:, None], shift], dim=1)
-    return Space(product[:, patches], apart, _of_group(product, inverse, length, invariance), product, inverse, turns=turns)
+    distance = _of_group(product, inverse, length, invariance)
+    return Space(product[:, patches], apart, distance, product, inverse, grid=(side, side), turns=turns)
 
 
 def _steps(group: PointGroup) -> list[int]:

@@ -294,12 +294,11 @@ class HSSL(Objective):
 
     def elements(self, encoder: Encoder, size: Size, space: Space, place: Tensor) -> tuple[Transform, Tensor]:
         """What acts on images of that size, and its parameters (N, P) of g = p^-1 for places p (N,)."""
-        if space.turns is not None and space.inverse is not None:
-            order = int(space.turns[:, 0].max()) + 1
-            side = math.isqrt(len(space) // order)
-            params = space.turns[space.inverse[place]]
-            steps = self._steps(size, (side, side))
-            return Compose([_turns(encoder, order), Translations()]), params * params.new_tensor([1, *steps])
+        if space.turns is not None and space.inverse is not None and space.grid is not None:
+            turn, down, across = space.turns[space.inverse[place]].unbind(dim=1)
+            steps = self._steps(size, space.grid)
+            both = Compose([_turns(encoder, len(space) // math.prod(space.grid)), Translations()])
+            return both, torch.stack([turn, down * steps[0], across * steps[1]], dim=1)
         if space.inverse is not None:
             return _turns(encoder, len(space)), space.inverse[place].unsqueeze(1)
         if space.grid is None or not space.torus:
