@@ -15,9 +15,10 @@ from geomssl.errors import GeomsslError
 from geomssl.probes import tangent
 from geomssl.probes.directions import Along, Line, Scaled, gradual, lines, parts
 from geomssl.probes.generator_fit import fit_generator
-from geomssl.probes.kernel import Options, along_across, least_share, let_through, probe, random_shares
+from geomssl.probes.kernel import Options, _fit, along_across, least_share, let_through, probe, random_shares
 from geomssl.probes.passing import seen
 from geomssl.probes.subject import Subject
+from geomssl.seeding import generator
 from geomssl.transforms import Brightness, Compose, CyclicRotations, Grayscale, HorizontalFlip, ResizedCrop, policy
 
 
@@ -269,3 +270,38 @@ def test_the_probe_refuses_bad_options(make_subject: Callable[..., Subject]) -> 
     with pytest.raises(GeomsslError) as caught:
         probe(make_subject(projector=None), Options())
     assert caught.value.reason == "no-projector"
+
+
+def test_columns_of_a_square_matrix_are_not_its_rows() -> None:
+    """G sends everything to e_1: its one direction lies inside W = e_1 and outside W = e_2, whatever it reads from h."""
+    g = torch.zeros(4, 4).double()
+    g[0] = torch.tensor([0.0, 3.0, 1.0, 2.0])
+    for axis, share in ((0, 1.0), (1, 0.0)):
+        assert seen(torch.eye(4).double()[axis][None, None], 1e-12).columns(g)[0] == pytest.approx(share)
+
+
+def test_directions_under_the_cutoff_do_not_pass() -> None:
+    """W' = diag(1, 1e-9): its second direction is rounding, so that nothing along it is let through, alone or in a matrix."""
+    w = torch.diag(torch.tensor([1.0, 1e-9]).double())
+    v = torch.tensor([[0.0, 1.0]]).double()
+    assert let_through(v, w, cutoff=1e-8) == (0.0, 0.0)
+    assert let_through(v, w, cutoff=1e-10)[0] == pytest.approx(1.0)
+    assert seen(w[None], 1e-8).columns(v.T) == (0.0, 0.0)
+
+
+def test_r2_of_a_generator_is_of_images_and_eps_that_the_fit_has_not_met(make_subject: Callable[..., Subject]) -> None:
+    """Fewer images than numbers in a row of G: in the fit's own half R2 is near 1, and only the other half tells."""
+    subject, rows = make_subject(n=20, policy=policy("simclr")), torch.arange(20)
+    line = lines(subject.policy, 1, (8, 8), 0)[1]
+    h = subject.features(rows, "h").double()
+    found = _fit(subject, rows, h, line, Options(), 1e-7)
+    assert found is not None
+    train, held = (half.sort().values for half in torch.randperm(20, generator=generator(0, "kernel-halves")).tensor_split(2))
+    for name, near, far in (("small", 0.0, 0.5), ("larger", 0.5, 1.0)):
+        view = (Along(line, near, far), 0, 2)
+        eps = subject.view_params(held, "own", view)[:, 0].double()
+        assert float(eps.abs().max()) <= far * max(line.high, -line.low) * (1 + 1e-6)
+        v = subject.features(held, "h", view=view).double() - h[held]
+        left = v - torch.stack([e * (found.found.matrix @ row) for e, row in zip(eps, h[held], strict=True)])
+        assert found.r2[name][0] == pytest.approx(1 - float(left.square().sum() / v.square().sum()), rel=1e-9)
+    assert not set(train.tolist()) & set(held.tolist())

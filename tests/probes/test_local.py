@@ -263,6 +263,7 @@ def test_the_probe_on_a_linear_projector_agrees_with_tangent(make_subject: Calla
     assert found.metric("unexplained").value == pytest.approx(found.metric("unexplained_swapped").value, rel=1e-12)
     assert found.metric("distance_random").value == pytest.approx(0, abs=1e-12)
     assert found.metric("regions").value == 1
+    assert found.metric("unexplained_null").value == pytest.approx(1 - 5 / 12)
     assert any("affine" in note for note in found.notes)
 
 
