@@ -11,6 +11,7 @@ from report_samples import embed, equivariance, linear, rank
 
 from geomssl import figures
 from geomssl.artifact import Figure, Table
+from geomssl.figure_style import COLOURS
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -225,7 +226,7 @@ def test_colours_stand_out_from_their_paper(theme):
         return (high + 0.05) / (low + 0.05)
 
     # WCAG: 3 for graphics, 4.5 for text
-    assert all(contrast(theme[f"series-{i}"], theme["paper"]) >= 3 for i in range(figures.COLOURS))
+    assert all(contrast(theme[f"series-{i}"], theme["paper"]) >= 3 for i in range(COLOURS))
     assert contrast(theme["muted"], theme["paper"]) >= 4.5
     assert contrast(theme["ink"], theme["paper"]) >= 7
 
