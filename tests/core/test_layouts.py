@@ -234,6 +234,7 @@ def tiny(root):
 def test_tiny_imagenet_labels_its_val_by_the_annotations(tmp_path):
     base = tiny(tmp_path)
     parts = {split: data.load(f"tiny-imagenet:{tmp_path}", split, val=0.2) for split in ("train", "val", "test")}
+    assert [len(data.load(f"tiny-imagenet:{tmp_path}", "val", val=v)) for v in (0, 0.2)] == [0, len(parts["val"])]
     assert {split: len(p) for split, p in parts.items()} == {"train": 8, "val": 2, "test": 4}
     assert parts["test"].classes == ("goldfish", "fire salamander")
     for part in parts.values():
