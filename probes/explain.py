@@ -284,8 +284,9 @@ def _notes(
         notes.append("T_g resamples these images, which is in the total before and after; --images fields takes that away.")
     if any(b.cause == "filters" for c in calls for move in asked for b in breaks(c, move)):
         notes.append(
-            "Ordinary filters do not turn with the image; only filters that are their own turned selves, or that are tied between "
-            "the channels of regular fields, do. Ties between other fields are not seen: trust the measured total over the rule."
+            "Ordinary filters do not turn with the image; only filters that are their own turned selves, or that are tied "
+            "between the channels of regular fields, do. Ties between other fields are not seen: trust the measured total "
+            "over the rule."
         )
     unbroken = asked and "shift" not in asked and not any(needed(breaks(c, move)) for c in calls for move in asked)
     if unbroken and exactly and error is not None and error > LARGE:

@@ -33,7 +33,7 @@ def asymmetry(weight: Tensor, groups: int = 1) -> dict[str, float]:
         "90°": torch.rot90(exact, 1, (-2, -1)) if square else None, "180°": torch.rot90(exact, 2, (-2, -1)),
         "mirror": exact.flip(-1),
     }
-    # A move keeps the norm of a filter, so only channels of equal norms can change places.
+    # A quarter turn keeps the norm of a filter, so only channels of equal norms can change places.
     outputs = exact.flatten(1).norm(dim=1)
     inputs = exact.transpose(0, 1).flatten(1).norm(dim=1)
     found = {}
@@ -54,21 +54,17 @@ def asymmetry(weight: Tensor, groups: int = 1) -> dict[str, float]:
 
 
 def _permutations(norms: Tensor, move: str) -> Iterator[Tensor | None]:
-    """What a move may do to channels of those norms: nothing (None), or permute regular fields of equal norms."""
+    """What a move may do to channels of those norms: nothing (None), or permute regular fields whose norms it keeps."""
     yield None
-    n = len(norms)
+    places = torch.arange(len(norms), device=norms.device)
     for order in ORDERS:
-        if n % order:
+        if len(norms) % order:
             continue
-        for view in (norms.view(-1, order), norms.view(order, -1).T):
-            if float((view - view[:, :1]).abs().max()) > SYMMETRIC * float(norms.max()):
-                continue
-            places = torch.arange(n, device=norms.device)
-            together = view.is_contiguous()
-            fields = places.view(-1, order) if together else places.view(order, -1).T
-            for within in _regular(order, move):
-                to = torch.empty_like(places)
-                to[fields.flatten()] = fields[:, within].flatten()
+        views = [places.view(-1, order)] + ([places.view(order, -1).T] if len(norms) > order else [])
+        for fields, within in itertools.product(views, _regular(order, move)):
+            to = torch.empty_like(places)
+            to[fields.flatten()] = fields[:, within].flatten()
+            if float((norms[to] - norms).abs().max()) <= SYMMETRIC * float(norms.max()):
                 yield to
 
 

@@ -41,8 +41,10 @@ def local_maps(projector: nn.Module, h: Tensor, memory: int = BYTES) -> Tensor:
     widest = max([outputs, rows.shape[1], *(max(w.shape) for w in exact.parameters() if w.dim())])
     # reverse mode carries one row an output through every layer, and holds about three of them at a time
     chunk = max(1, int(memory // (3 * 8 * outputs * widest)))
-    parts = rows.split(chunk)
-    return torch.cat([affine.jacobians(exact, part) for part in track(parts, "local maps", total=len(parts))])
+    found, parts = rows.new_empty(len(rows), outputs, rows.shape[1]), rows.split(chunk)
+    for into, part in track(zip(found.split(chunk), parts, strict=True), "local maps", total=len(parts)):
+        into.copy_(affine.jacobians(exact, part))
+    return found
 
 
 def singular_parts(maps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,9 +1,9 @@
 """`3diebench`: 52,472 objects of 55 classes from 50 places each; rotation, light and the hues of light and floor are factors.
 
 Layout: 3DIEBench/<synset>/<object>/image_<k>.jpg and latent_<k>.npy, which holds rotation x, y, z (radians, extrinsic), floor
-hue, light theta, light phi and light hue: 7 numbers, as data/main.py of github.com/facebookresearch/SIE writes and src/dataset.py
-there reads them (its data/README.md says 9 and lists these 7). Garrido, Najman and LeCun, Self-supervised learning of split
-invariant equivariant representations, ICML 2023.
+hue, light theta, light phi and light hue: 7 numbers, as data/main.py of github.com/facebookresearch/SIE writes and
+src/dataset.py there reads them (its data/README.md says 9 and lists these 7). Garrido, Najman and LeCun, Self-supervised
+learning of split invariant equivariant representations, ICML 2023.
 """
 
 from __future__ import annotations

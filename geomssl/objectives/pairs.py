@@ -58,7 +58,8 @@ def factor(source: Source | None, name: str, labels: bool = False) -> Tensor:
     where = "no data set" if source is None else source.name
     if name not in known:
         raise GeomsslError(
-            f"no factor {name!r} of {where}", f"one of {', '.join(known)}" if known else "a data set with factors, such as views",
+            f"no factor {name!r} of {where}",
+            f"one of {', '.join(known)}" if known else "a data set with factors, such as views",
             nearest(name, known), reason="no-factor",
         )
     values = known[name].cpu()

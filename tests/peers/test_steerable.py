@@ -56,8 +56,10 @@ class TestTransforms:
             assert float(gap[..., inside].max()) < 0.01
 
 
-class TestFilters:
-    @pytest.mark.parametrize(("group", "moves"), [("c2", ["180°"]), ("c4", ["90°", "180°"]), ("c8", ["90°", "180°"]), ("d4", None)])
+class TestTies:
+    @pytest.mark.parametrize(
+        ("group", "moves"), [("c2", ["180°"]), ("c4", ["90°", "180°"]), ("c8", ["90°", "180°"]), ("d4", None)]
+    )
     def test_the_reader_finds_the_ties_between_their_regular_fields(self, library, group, moves):
         space = library.space(group)
         fields = library.regular(space, 3)
