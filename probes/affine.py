@@ -38,12 +38,14 @@ def jacobians(projector: nn.Module, h: Tensor) -> Tensor:
     """dg/dh at every row of h (n, d): (n, p, d), rows independent. GeomsslError where it is not finite."""
     # One pull-back of all rows at once, mapped over the outputs: half the time of mapping jacrev over rows, and PReLU takes it.
     # What enters it are the rows of a last linear layer, where there is one, and unit vectors elsewhere.
-    last = projector[-1] if type(projector) is nn.Sequential and len(projector) and type(projector[-1]) is nn.Linear else None
-    body = projector if last is None else projector[:-1]
+    layers = list(projector) if type(projector) is nn.Sequential else []
+    last = layers[-1] if layers else None
+    rows = last.weight if type(last) is nn.Linear else None
+    body = projector if rows is None else nn.Sequential(*layers[:-1])
     with _FoldedNorm():
         # a copy, since a layer may work in place
-        out, pull = torch.func.vjp(lambda rows: body(rows.clone()), h)[:2]
-        start = torch.eye(out.shape[1], dtype=out.dtype, device=out.device) if last is None else last.weight
+        out, pull = torch.func.vjp(lambda x: body(x.clone()), h)[:2]
+        start = torch.eye(out.shape[1], dtype=out.dtype, device=out.device) if rows is None else rows
         found = torch.func.vmap(lambda row: pull(row.expand_as(out))[0], out_dims=1)(start).detach()
     if not torch.isfinite(found).all():
         raise GeomsslError("a projector with a NaN or infinite derivative", "finite ones at every h", reason="not-finite")
