@@ -65,6 +65,11 @@ def test_is_quiet_and_asks_for_nothing(opened):
 def test_nothing_sticks_out_sideways(opened, width):
     page = opened(width)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    # a column of words is wide enough for words
+    narrow = "cell => cell.offsetParent && cell.clientWidth < 60"
+    assert page.evaluate(f"[...document.querySelectorAll('.data td:not(.num)')].filter({narrow}).length") == 0
 
 
 def test_reads_without_a_script(opened):
