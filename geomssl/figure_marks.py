@@ -42,6 +42,7 @@ def lines(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -> 
 def bars(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -> list[Any]:
     x = _positions(axes, figure, table, categorical=True)
     y, low, high = _heights(axes, figure, table)
+    given = numbers(column_of(table, str(figure.y)))
     room = 0.76 / len(series)
     handles: list[Any] = []
     for nth, one in enumerate(series):
@@ -60,8 +61,7 @@ def bars(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -> l
             if any(math.isfinite(v) for v in (*below, *above)):
                 axes.errorbar(place, value, whiskers, fmt="none", ecolor=LIGHT["ink"], elinewidth=1.2, capsize=3)
         for row, at, height in zip(one.rows, place, value, strict=True):
-            given = numbers(column_of(table, str(figure.y)))[row]
-            if figure.log_y and given <= 0 and math.isfinite(height):
+            if figure.log_y and given[row] <= 0 and math.isfinite(height):
                 axes.annotate("0", (at, height), (0, 6), textcoords="offset points", ha="center", fontsize=10)
     if any(x):
         axes.set_xlim(-0.6, max(x) + 0.6)
@@ -85,10 +85,11 @@ def scatter(axes: Any, figure: Figure, table: Table, series: Sequence[Series]) -
     holder = Rectangle((0, 0), 0, 0, transform=axes.transAxes, gid="points")
     holder.set_in_layout(False)
     axes.add_artist(holder)
+    reach = [NEAR * _span(values) for values in (x, y)]
     for one in series if 1 < len(series) <= LABEL_LIMIT else ():
         inside = [r for r in one.rows if math.isfinite(x[r]) and math.isfinite(y[r])]
         middle = [_median([values[r] for r in inside]) for values in (x, y)] if inside else []
-        near = [all(abs(v[r] - m) <= NEAR * _span(v) for v, m in zip((x, y), middle, strict=True)) for r in inside]
+        near = [all(abs(v[r] - m) <= far for v, m, far in zip((x, y), middle, reach, strict=True)) for r in inside]
         if 2 * sum(near) > len(near):
             axes.text(*middle, short(one.label, 14), ha="center", va="center", fontsize=13, fontweight="bold",
                       gid="cloud-label", clip_on=True)
@@ -159,7 +160,7 @@ def _whiskers(y: Sequence[float], low: Sequence[float], high: Sequence[float]) -
 
 def _span(values: Sequence[float]) -> float:
     finite = [v for v in values if math.isfinite(v)]
-    return max(finite) - min(finite)
+    return max(finite, default=0.0) - min(finite, default=0.0)
 
 
 def _median(values: Sequence[float]) -> float:

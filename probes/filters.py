@@ -43,7 +43,7 @@ def asymmetry(weight: Tensor, groups: int = 1) -> dict[str, float]:
             continue
         ways = itertools.product(_permutations(outputs, move), _permutations(inputs, move))
         for first, second in ways:
-            if not _keeps_groups(first, groups, len(inputs)):
+            if not _keeps_groups(first, groups):
                 continue
             placed = turned if first is None else turned[first]
             placed = placed if second is None else placed[:, second]
@@ -79,7 +79,7 @@ def _regular(order: int, move: str) -> list[list[int]]:
         found += [[(k + s) % order for k in range(order)] for s in {step, order - step}]
         if order == 8:
             turn = 1 if move == "90°" else 2
-            for s, t in itertools.product((turn, -turn), repeat=2):
+            for s, t in itertools.product({turn, 4 - turn}, repeat=2):
                 found.append([(k + s) % 4 for k in range(4)] + [4 + (k + t) % 4 for k in range(4)])
     elif order == 8:
         for sense, c in itertools.product((1, -1), range(4)):
@@ -91,7 +91,7 @@ def _regular(order: int, move: str) -> list[list[int]]:
     return found
 
 
-def _keeps_groups(outputs: Tensor | None, groups: int, inputs: int) -> bool:
+def _keeps_groups(outputs: Tensor | None, groups: int) -> bool:
     """Whether a permutation of the output channels takes whole groups to groups, so that inputs can move along."""
     if outputs is None or groups == 1:
         return True

@@ -1,6 +1,5 @@
 """The Lie derivative: closed forms, exact equivariance of periodic convolutions, shares that add up, and what is refused."""
 
-import copy
 import json
 import math
 
@@ -14,7 +13,7 @@ from geomssl.data.rendered import Fields, Phantoms
 from geomssl.encoders.base import Encoder
 from geomssl.errors import GeomsslError
 from geomssl.probes import lie, shares
-from geomssl.probes.generators import GENERATORS, differences, push, tangent
+from geomssl.probes.generators import GENERATORS, differences, tangent
 from geomssl.probes.lie import Options, lie_derivative, probe
 from geomssl.probes.subject import Subject
 
@@ -128,26 +127,6 @@ def test_the_scale_of_a_map_is_its_stride_not_the_ratio_of_sizes():
     for image in (x, y):
         for name in ("translate-x", "translate-y", "zoom", "rotate"):
             assert lie_derivative(strided, image, name).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 12])
-def test_central_differences_are_exact_for_polynomials(length):
-    place = torch.arange(length, dtype=DOUBLE)
-    matrix = differences(length)
-    assert (matrix @ place - float(length > 1)).abs().max() < 1e-12
-    if length >= 3:
-        assert (matrix @ place**2 - 2 * place).abs().max() < 1e-11
-    if length == 12:
-        assert (matrix @ place**6 - 6 * place**5)[3:-3].abs().max() < 1e-6
-        assert (matrix @ place**7 - 7 * place**6)[3:-3].abs().max() > 1
-
-
-@pytest.mark.parametrize("length", [7, 8])
-def test_spectral_differences_are_exact_for_whole_cycles(length):
-    turn = 2 * math.pi * torch.arange(length, dtype=DOUBLE) / length
-    for k in range(4):
-        found = differences(length, "spectral") @ (k * turn).sin()
-        assert (found - 2 * math.pi * k / length * (k * turn).cos()).abs().max() < 1e-12
 
 
 def subject(name="cnn", n=24, size=12, channels=1, kind="fields", module=None, **options):
@@ -349,30 +328,6 @@ def test_overwriting_statistics_and_attention_are_taken_and_leave_no_trace():
     made = Subject(encoders.wrap(net, in_channels=1), data.load("fields", "test", size=16, n=9), provenance={"run": "r"})
     table = rows(probe(made, Options(generator=("translate-x",), layer=("fibres", "patch"))))
     assert {r["action"] for r in table} == {"spatial"}
-
-
-@pytest.mark.parametrize(
-    "norm",
-    [
-        nn.BatchNorm2d(3).eval(), nn.BatchNorm2d(3, affine=False, eps=0.5).eval(), nn.BatchNorm2d(3).train(),
-        nn.BatchNorm2d(3, track_running_stats=False).eval(), nn.Sequential(nn.Flatten(), nn.BatchNorm1d(75)).eval(),
-        nn.Conv2d(3, 2, 3, 2, 1), nn.Conv2d(3, 2, 3, bias=False),
-    ],
-)  # fmt: skip
-def test_the_derivative_of_each_linear_layer_is_that_of_two_backward_passes(norm):
-    torch.manual_seed(0)
-    norm = copy.deepcopy(norm).double()
-    for value in (*norm.parameters(), *(b for b in norm.buffers() if b.is_floating_point())):
-        value.data.uniform_(0.5, 2)
-    images, way = torch.randn(4, 3, 5, 5, dtype=DOUBLE), torch.randn(4, 3, 5, 5, dtype=DOUBLE)
-    values, slopes = push(lambda x: [norm(x), norm(x).square()], images, way)
-    asked = images.requires_grad_()
-    for value, slope, function in zip(values, slopes, (norm, lambda x: norm(x).square()), strict=True):
-        out = function(asked)
-        u = torch.zeros_like(out, requires_grad=True)
-        (pulled,) = torch.autograd.grad(out, asked, u, create_graph=True)
-        torch.testing.assert_close(value, out)
-        torch.testing.assert_close(slope, torch.autograd.grad(pulled, u, way)[0])
 
 
 class Stubborn(torch.autograd.Function):
